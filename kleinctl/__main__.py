@@ -1,0 +1,6 @@
+"""`python -m kleinctl`."""
+
+from kleinctl.cli import main
+
+if __name__ == "__main__":
+    main()

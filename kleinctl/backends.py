@@ -1,0 +1,118 @@
+"""What a backend can do: the interface a plugin implements, and what it is handed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from kleinctl.environment import Environment
+    from kleinctl.hardware import Hardware
+    from kleinctl.manifest import Model
+    from kleinctl.problem import Problem
+
+#: Version of the plugin interface. A plugin module says which it was written for: `kleinctl_api = 1`.
+API_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to make, with every choice made.
+
+    Sizes are in pixels and multiples of 16. `images` are reference pictures for an edit, in their order.
+    """
+
+    prompt: str
+    width: int
+    height: int
+    seed: int
+    steps: int
+    guidance: float
+    images: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a job may use on this machine: bytes of VRAM and of RAM, and the torch device it runs on."""
+
+    vram_bytes: int
+    ram_bytes: int
+    device: str = "cuda:0"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A backend's prediction for a model, a machine and a job.
+
+    `vram_bytes` and `ram_bytes` are peaks, `disk_bytes` what all parts take on disk, `seconds_first` a picture from
+    process start, `seconds_next` one more with a new prompt. `why_not` is a sentence where `fits` is false.
+    """
+
+    vram_bytes: int
+    ram_bytes: int
+    disk_bytes: int
+    seconds_first: float
+    seconds_next: float
+    fits: bool
+    strategy: str
+    why_not: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fit as JSON documents carry it."""
+        return {
+            "vram_bytes": self.vram_bytes,
+            "ram_bytes": self.ram_bytes,
+            "disk_bytes": self.disk_bytes,
+            "seconds_first": round(self.seconds_first, 2),
+            "seconds_next": round(self.seconds_next, 2),
+            "fits": self.fits,
+            "strategy": self.strategy,
+        }
+
+
+@dataclass(frozen=True)
+class InstalledModel:
+    """A model as a worker finds it: its manifest and the folder that holds its parts in the backend's layout."""
+
+    manifest: Model
+    folder: Path
+
+
+#: `progress(stage, done, total)` with stage `load`, `encode`, `denoise` or `decode`; kleinctl times the stages by it.
+Progress = Callable[[str, int, int], None]
+
+
+class Session(Protocol):
+    """A loaded model that makes pictures, in the worker process."""
+
+    #: How the weights are held, in one or two words; goes into the record of each picture.
+    strategy: str
+
+    def generate(self, job: Job, progress: Progress) -> Any:
+        """The picture of `job`, as a `PIL.Image.Image` in RGB."""
+
+    def close(self) -> None:
+        """Free what the session holds."""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """One way to run a model. `kleinctl_backends` returns instances of such a class."""
+
+    name: str
+    aliases: tuple[str, ...]
+    #: Python packages that `load` needs, as requirement strings with ranges; kleinctl finds or builds an environment.
+    requires: tuple[str, ...]
+    #: The layout of model files it reads: a key of `part.to` in manifests.
+    layout: str
+
+    def fit(self, model: Model, hardware: Hardware, job: Job) -> Fit:
+        """Predict peaks and seconds: arithmetic on manifest numbers, without opening a file."""
+
+    def health(self, hardware: Hardware, environment: Environment | None) -> Problem | None:
+        """What keeps this backend from running here, if anything. `environment` is None when none is made yet."""
+
+    def load(self, model: InstalledModel, budget: Budget) -> Session:
+        """Load `model` within `budget`. Runs in the worker, the only place that imports torch."""

@@ -1,0 +1,92 @@
+"""Questions that doctor asks: a check names the facts it wants as arguments, and returns a problem or nothing.
+
+Checks open no file and print nothing. `hardware` and the like are gathered once; facts that come several times (each
+weights file, each set of parts that would be loaded together) come as scenes, and a check runs once for each.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from kleinctl.problem import Problem
+
+Function = Callable[..., "Problem | None"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A question with a lasting name. `sentence` says what holds when all is well, `wants` which facts it reads."""
+
+    name: str
+    sentence: str
+    function: Function
+    wants: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How one check ended: `ok`, `problem`, or `skipped` for lack of a fact (`why` says which)."""
+
+    name: str
+    status: Literal["ok", "problem", "skipped"]
+    why: str
+    seconds: float = 0.0
+    problems: tuple[Problem, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as it stands in `doctor --json`."""
+        return {"name": self.name, "status": self.status, "why": self.why, "seconds": round(self.seconds, 4)}
+
+
+def check(name: str) -> Callable[[Function], Check]:
+    """Make a function a check. Its docstring's first line is the sentence."""
+
+    def decorate(function: Function) -> Check:
+        sentence = (function.__doc__ or name).strip().splitlines()[0]
+        return Check(name, sentence, function, tuple(inspect.signature(function).parameters))
+
+    return decorate
+
+
+def run_checks(
+    checks: Sequence[Check], facts: Mapping[str, Any], scenes: Sequence[Mapping[str, Any]] = ()
+) -> list[Result]:
+    """Ask every check about the facts, and about each scene that has what it wants."""
+    return [_run(each, facts, scenes) for each in checks]
+
+
+def _run(each: Check, facts: Mapping[str, Any], scenes: Sequence[Mapping[str, Any]]) -> Result:
+    rounds = [{**facts, **scene} for scene in ({}, *scenes)]
+    own = [names for names in rounds if all(names.get(want) is not None for want in each.wants)]
+    if all(facts.get(want) is not None for want in each.wants):
+        own = own[:1]  # it reads nothing that a scene adds
+    if not own:
+        lacking = [want for want in each.wants if facts.get(want) is None]
+        return Result(each.name, "skipped", f"Nothing is known of {' and '.join(lacking).replace('_', ' ')}.")
+    start, problems = time.perf_counter(), []
+    for names in own:
+        try:
+            found = each.function(**{want: names[want] for want in each.wants})
+        except Exception as error:  # a check that crashes is one line; the others still run
+            why = f"The check crashed: {type(error).__name__}: {error}"
+            return Result(each.name, "skipped", why.splitlines()[0], time.perf_counter() - start)
+        if found is not None:
+            problems.append(replace(found, name=found.name or each.name))
+    why = each.sentence if not problems else problems[0].what
+    return Result(each.name, "problem" if problems else "ok", why, time.perf_counter() - start, tuple(problems))
+
+
+def own_checks() -> list[Check]:
+    """The checks that come with kleinctl, in the order in which people want to read them."""
+    from kleinctl.checks import environment, files, machine, pairing
+
+    return [
+        value
+        for module in (machine, environment, files, pairing)
+        for value in vars(module).values()
+        if isinstance(value, Check)
+    ]

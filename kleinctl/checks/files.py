@@ -1,0 +1,90 @@
+"""Is each weights file what its place says it is?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kleinctl.checks import check
+from kleinctl.identify import Identity, title
+from kleinctl.problem import Problem
+from kleinctl.units import bytes_text
+
+BROKEN = {
+    "truncated": "cut short",
+    "lfs-pointer": "a Git LFS pointer, not the file it stands for",
+    "web-page": "a web page that was saved instead of the file",
+    "json": "a JSON document, most likely a hub's error message",
+    "zeros": "nothing but zeros: a download that was prepared and never filled",
+    "empty": "empty",
+    "pickle": "a pickle, which can run code when it is loaded and is never opened",
+    "unreadable": "not readable",
+    "other": "no weights file",
+}
+REFS = {"qwen3-8b": "C01", "mistral-small": "C02", "t5-xxl": "C04", "qwen3-4b": "C05", "qwen3-vl": "C06"}
+ROLES = {"vae": "VAE", "text-encoder": "text encoder", "transformer": "transformer"}
+
+
+@dataclass(frozen=True)
+class FoundFile:
+    """A weights file where a part of a model should be: what was wanted there and what its header says it is."""
+
+    path: Path
+    identity: Identity
+    model: str
+    part: str
+    role: str
+    family: str
+    size_bytes: int | None
+    fix: str
+
+
+@check("weights-readable")
+def weights_readable(found_file: FoundFile) -> Problem | None:
+    """Every weights file is complete and is a weights file."""
+    identity = found_file.identity
+    if identity.kind not in BROKEN:
+        return None
+    size = f" It has {bytes_text(identity.size_bytes)}"
+    size += f" of {bytes_text(found_file.size_bytes)}." if found_file.size_bytes else "."
+    return Problem(
+        f"{found_file.path.name} is {BROKEN[identity.kind]}",
+        f"{identity.saw[:1].upper()}{identity.saw[1:].rstrip('.')}.{size}",
+        found_file.fix,
+        name=f"weights-{identity.kind}",
+        path=str(found_file.path),
+        auto=True,
+    )
+
+
+@check("wrong-vae")
+def wrong_vae(found_file: FoundFile) -> Problem | None:
+    """The VAE is the model's own."""
+    return _wrong(found_file, "vae")
+
+
+@check("wrong-text-encoder")
+def wrong_text_encoder(found_file: FoundFile) -> Problem | None:
+    """The text encoder is the one the transformer was trained with."""
+    return _wrong(found_file, "text-encoder")
+
+
+@check("wrong-transformer")
+def wrong_transformer(found_file: FoundFile) -> Problem | None:
+    """The transformer is the model's own."""
+    return _wrong(found_file, "transformer")
+
+
+def _wrong(found: FoundFile, role: str) -> Problem | None:
+    identity = found.identity
+    if found.role != role or identity.kind in BROKEN or identity.family in (found.family, "unknown"):
+        return None
+    wanted = f"{title(found.family)}" if identity.role == role else f"a {ROLES[role]}, {title(found.family)}"
+    return Problem(
+        f"{found.path.name} is not the {ROLES[role]} of {found.model}",
+        f"Wanted is {wanted}; this file is {title(identity.family)} ({identity.saw.rstrip('.')}).",
+        found.fix,
+        path=str(found.path),
+        auto=True,
+        ref=REFS.get(identity.family, "C09" if role == "vae" else None),
+    )

@@ -1,0 +1,108 @@
+"""The command line: one file per command, each imported when it is typed."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from kleinctl.problem import BUG, INTERRUPTED, MISUSED, KleinctlError
+
+#: Every command, with the line that `--help` and README's table show; the test suite holds them to the commands' own.
+COMMANDS = {
+    "up": "One line to a picture: doctor, choose, install, verify, run.",
+    "doctor": "What is this machine, what is wrong, what would run and why.",
+    "plan": "Predicted VRAM, RAM, disk and seconds for every backend.",
+    "install": "Fetch and verify a model's files and build its environment.",
+    "run": "Make pictures from a prompt.",
+    "identify": "What a weights file really is, from its header.",
+    "verify": "Check the sha256 of everything installed.",
+    "models": "The models kleinctl knows, and what of them is here.",
+    "plugins": "Who offers what; switch plugins off and on.",
+    "uninstall": "Take away a model, or everything kleinctl made.",
+    "completion": "Print the line that completes commands in your shell.",
+}
+
+
+class Commands(click.Group):
+    """Imports a command's module when it is asked for, so that `kleinctl --help` imports none."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        return importlib.import_module(f"kleinctl.cli.{name}").command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            from kleinctl.problem import did_you_mean
+
+            raise click.UsageError(f"There is no command {args[0]!r}.{did_you_mean(args[0], COMMANDS)}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+def _version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from kleinctl import __version__
+
+        click.echo(f"kleinctl {__version__}")
+        ctx.exit()
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
+@click.option("--disable", multiple=True, metavar="PLUGIN", help="Leave a plugin out, for this command only.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.pass_context
+def group(ctx: click.Context, disable: tuple[str, ...], debug: bool) -> None:
+    """FLUX.2 [klein] pictures on your own NVIDIA card: set up, diagnosed and run.
+
+    Start with:  kleinctl up "a red circle on a blue background"
+    """
+    if disable:
+        import os
+
+        os.environ["KLEINCTL_DISABLE"] = ",".join([*disable, os.environ.get("KLEINCTL_DISABLE", "")])
+    if ctx.invoked_subcommand and not ctx.resilient_parsing:
+        from kleinctl.home import config_file
+
+        if config_file().exists():
+            from kleinctl.config import load_config
+
+            ctx.default_map = load_config(config_file())
+
+
+def main() -> None:
+    """Run the command that was typed and exit as README says."""
+    from kleinctl.cli import output
+
+    output.prepare_streams()
+    try:
+        sys.exit(group.main(prog_name="kleinctl", standalone_mode=False) or 0)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        output.remark("\ninterrupted")
+        sys.exit(INTERRUPTED)
+    except click.ClickException as error:
+        output.misuse(error)
+        sys.exit(MISUSED)
+    except KleinctlError as error:
+        output.end_with_problem(error.problem)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        output.discard_stdout()
+        sys.exit(0)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        output.our_bug(error)
+        sys.exit(BUG)

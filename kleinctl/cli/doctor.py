@@ -1,0 +1,108 @@
+"""`kleinctl doctor`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from kleinctl.cli import options, output
+from kleinctl.problem import OK, PROBLEMS
+
+if TYPE_CHECKING:
+    from kleinctl.hardware import Hardware
+    from kleinctl.survey import Survey
+
+
+@click.command("doctor", short_help="What is this machine, what is wrong, what would run and why.")
+@options.together(options.model, options.backend, options.comfyui, options.vram_limit)
+@click.option("--strict", is_flag=True, help="Exit with 1 for warnings too.")
+@click.option("--verbose", "-v", is_flag=True, help="Show every check.")
+@options.as_json
+def command(
+    model: str | None,
+    backend: str | None,
+    comfyui: Path | None,
+    vram_limit: str | None,
+    strict: bool,
+    verbose: bool,
+    as_json: bool,
+) -> int:
+    """What is this machine, what is wrong, which backend would run and why.
+
+    Reads headers and versions, loads nothing, and changes nothing.
+    """
+    from kleinctl.plugins import Plugins
+    from kleinctl.survey import survey
+
+    found = survey(Plugins(), options.this_machine(vram_limit), model=model, backend=backend, comfyui=comfyui)
+    if as_json:
+        output.print_json(found.to_json())
+    else:
+        show(found, verbose=verbose)
+    return PROBLEMS if found.errors or (strict and found.problems) else OK
+
+
+def show(found: Survey, *, verbose: bool = False) -> None:
+    """The survey as one screen: the machine, the problems, what would run."""
+    target = output.console()
+    for line in machine_lines(found.hardware):
+        target.print(line, markup=False, soft_wrap=True)
+    target.print()
+    if verbose:
+        show_checks(found)
+    output.show_problems(found.problems, target)
+    if found.problems:
+        target.print()
+    show_choice(found)
+
+
+def machine_lines(hardware: Hardware) -> list[str]:
+    """The machine in three lines: cards, memory and disk, system."""
+    from kleinctl.units import bytes_text, gib
+
+    cards = [
+        f"{gpu.name} ({gpu.arch}), {gib(gpu.vram_free_bytes)} of {gib(gpu.vram_bytes)} VRAM free, driver {gpu.driver}"
+        for gpu in hardware.gpus
+    ] or [f"no NVIDIA card{''.join(f', {gpu.name}' for gpu in hardware.other_gpus)}"]
+    ram = f"{gib(hardware.ram_available_bytes)} of {gib(hardware.ram_bytes)} RAM available"
+    disk = f"{bytes_text(hardware.disk_free_bytes)} of disk free" if hardware.disk_free_bytes is not None else ""
+    torch = hardware.packages.get("torch")
+    build = f", torch {torch.version}" if torch else ""
+    python = f", Python {hardware.python.version}" if hardware.python else ""
+    where = f" in WSL {hardware.wsl}" if hardware.wsl else f" in {hardware.container}" if hardware.container else ""
+    return [
+        f"card    {cards[0]}",
+        *(f"        {card}" for card in cards[1:]),
+        f"memory  {', '.join(filter(None, (ram, disk)))}",
+        f"system  {hardware.os}{where}, {hardware.cpu_count} cores{python}{build}",
+    ]
+
+
+def show_checks(found: Survey) -> None:
+    """Every check in a line."""
+    marks = {"ok": ("ok", "green"), "problem": ("problem", "red"), "skipped": ("skipped", "dim")}
+    for result in found.results:
+        word, style = marks[result.status]
+        output.console().print(f"[{style}]{word:8}[/] {result.name:20} [dim]{result.why}[/]", soft_wrap=True)
+    output.console().print()
+
+
+def show_choice(found: Survey) -> None:
+    """What would run and why, and why each other would not."""
+    from rich.text import Text
+
+    target = output.console()
+    if found.choice is None:
+        target.print("nothing would run here", style="bold red")
+    else:
+        chosen = found.choice.candidate
+        target.print(Text("would run  ").append(f"{chosen.model} with {chosen.backend}", style="bold green"))
+        target.print(f"           {found.choice.why}", markup=False, soft_wrap=True)
+    for each in found.candidates:
+        if found.choice is None or each != found.choice.candidate:
+            why = each.why_not or "It runs too."
+            target.print(
+                f"{'not' if each.why_not else 'or':10} {each.model} with {each.backend}: {why}", soft_wrap=True
+            )

@@ -1,0 +1,63 @@
+"""`kleinctl models`"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from kleinctl.cli import options, output
+from kleinctl.problem import OK
+
+
+@click.command("models", short_help="The models kleinctl knows, and what of them is here.")
+@options.as_json
+def command(as_json: bool) -> int:
+    """The models kleinctl knows, and what of them is here."""
+    from rich import box
+    from rich.table import Table
+
+    from kleinctl import store
+    from kleinctl.plugins import Plugins
+    from kleinctl.units import bytes_text
+
+    plugins = Plugins()
+    rows: list[dict[str, Any]] = []
+    for model in plugins.models.values():
+        for layout in model.layouts:
+            parts = model.parts_for(layout)
+            placed = sum(store.destination(model.name, layout, part).exists() for part in parts)
+            rows.append(
+                {
+                    "model": model.name,
+                    "title": model.title,
+                    "layout": layout,
+                    "licence": model.licence,
+                    "gated": model.gated,
+                    "bytes": model.bytes(layout),
+                    "parts": len(parts),
+                    "parts_here": placed,
+                    "steps": model.defaults.steps,
+                    "guidance": model.defaults.guidance,
+                }
+            )
+    if as_json:
+        output.print_json({"schema": "kleinctl.models/1", "models": rows})
+        return OK
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for title in ("model", "files for", "size", "here", "steps", "guidance", "licence"):
+        table.add_column(title, no_wrap=title != "licence")
+    for row in rows:
+        here = (
+            "yes"
+            if row["parts_here"] == row["parts"]
+            else f"{row['parts_here']} of {row['parts']}"
+            if row["parts_here"]
+            else "no"
+        )
+        licence = f"{row['licence']}{', gated' if row['gated'] else ''}"
+        cells = (row["model"], row["layout"], bytes_text(row["bytes"]), here, row["steps"], row["guidance"], licence)
+        table.add_row(*map(str, cells))
+    output.console().print(table)
+    output.show_problems(plugins.problems)
+    return OK

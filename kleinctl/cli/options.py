@@ -1,0 +1,112 @@
+"""Options that several commands share, and what they are turned into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from kleinctl.hardware import Hardware
+    from kleinctl.manifest import Model
+    from kleinctl.plugins import Plugins
+    from kleinctl.road import Way
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+out = click.option("-o", "--output", "out", metavar="FILE", help="The PNG to write; a folder where there are several.")
+model = click.option("--model", metavar="NAME", help="The model; see `kleinctl models`.")
+backend = click.option("--backend", metavar="NAME", help="The backend; see `kleinctl plugins`.")
+size = click.option("--size", metavar="WxH", help="Width and height in pixels, multiples of 16.")
+steps = click.option("--steps", type=click.IntRange(1, 200), help="Denoising steps.")
+guidance = click.option("--guidance", type=click.FloatRange(0, 30), help="Guidance scale (base models).")
+vram_limit = click.option("--vram-limit", metavar="BYTES", help="Use no more VRAM than this, as in 12GiB.")
+yes = click.option("--yes", "-y", is_flag=True, help="Answer every question with yes.")
+as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+comfyui = click.option(
+    "--comfyui",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="A ComfyUI folder to look at too.",
+)
+unverified = click.option("--allow-unverified", is_flag=True, help="Install parts whose sha256 is not known.")
+accept = click.option("--accept-licence", is_flag=True, help="Accept the model's licence without being asked.")
+
+
+def together(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
+    """Several options as one decorator, in the order in which help shows them."""
+
+    def decorate(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def parsed_size(text: str | None) -> tuple[int | None, int | None]:
+    """`--size` as width and height, or nothing."""
+    from kleinctl.units import parse_size
+
+    return parse_size(text) if text else (None, None)
+
+
+def this_machine(limit: str | None = None) -> Hardware:
+    """This machine's hardware, with no more VRAM free than `--vram-limit` allows."""
+    from dataclasses import replace
+
+    from kleinctl.hardware import detect
+    from kleinctl.home import home
+    from kleinctl.units import parse_bytes
+
+    hardware = detect(home())
+    if limit is None:
+        return hardware
+    most = parse_bytes(limit)
+    gpus = tuple(replace(gpu, vram_free_bytes=min(gpu.vram_free_bytes, most)) for gpu in hardware.gpus)
+    return replace(hardware, gpus=gpus)
+
+
+def way(
+    plugins: Plugins,
+    hardware: Hardware,
+    model: str | None,
+    backend: str | None,
+    changes: dict[str, Any] | None = None,
+    *,
+    variant: str | None = None,
+    installed: bool = False,
+) -> Way:
+    """The model and backend that were named, or the ones to choose here; with `installed` rather one that is here.
+
+    Raises:
+        Misuse: there is no such model or backend.
+        KleinctlError: it does not fit this machine.
+    """
+    from kleinctl import road
+    from kleinctl.survey import automatic_models
+
+    models = [plugins.model(model)] if model else automatic_models(plugins)
+    if variant:
+        models = [with_variant(plugins, each, variant) for each in models[:1]]
+    found = road.ways(plugins, models, backend, hardware, changes or {})
+    if not found:
+        raise road.no_way(plugins, models[0], backend, hardware, changes or {})
+    return next((each for each in found if installed and road.is_installed(each)), found[0])
+
+
+def with_variant(plugins: Plugins, model: Model, variant: str) -> Model:
+    """The model of the same family in another variant.
+
+    Raises:
+        Misuse: there is none.
+    """
+    from kleinctl.problem import Misuse, Problem
+
+    for each in plugins.models.values():
+        if each.family == model.family and each.variant == variant:
+            return each
+    why = f"{model.name} is {model.variant}; no other model of its family is known."
+    raise Misuse(Problem(f"{model.name} has no {variant} variant", why, "kleinctl models", name="no-variant"))

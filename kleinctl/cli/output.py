@@ -1,0 +1,141 @@
+"""How things look: answers on stdout, progress and remarks on stderr, problems in three lines."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kleinctl.problem import Problem
+
+if TYPE_CHECKING:
+    import click
+    from rich.console import Console
+
+
+def prepare_streams() -> None:
+    """A console whose code page lacks a character shows `?` for it, and nothing crashes."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+@functools.cache
+def console() -> Console:
+    """The console of answers (stdout)."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=False)
+
+
+@functools.cache
+def err_console() -> Console:
+    """The console of progress and remarks (stderr)."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def json_wanted() -> bool:
+    """Whether the command was asked for a JSON document, which is then all that stdout carries."""
+    return "--json" in sys.argv
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def answer(text: str) -> None:
+    """A line that is the command's answer, unadorned, on stdout."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def remark(text: str) -> None:
+    """A line for the person at the terminal, on stderr."""
+    err_console().print(text, markup=False, soft_wrap=True)
+
+
+def heading(text: str) -> None:
+    """The start of a step, on stderr."""
+    err_console().print(text, style="bold", markup=False, soft_wrap=True)
+
+
+def show_problem(problem: Problem, target: Console | None = None) -> None:
+    """A problem in the three lines of STYLE: what, why, and the hint that can be pasted."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    target = target or err_console()
+    colour = "red" if problem.severity == "error" else "yellow"
+    head = Text(problem.severity, style=f"bold {colour}")
+    head.append(f"[{problem.name}]" if problem.name else "", style=colour)
+    head.append(f": {problem.what}", style="bold")
+    target.print(head, soft_wrap=True)
+    target.print()
+    target.print(Padding(Text(problem.why), (0, 0, 0, 2)))
+    target.print()
+    target.print(Text("hint: ", style="cyan").append(problem.fix, style="default"), soft_wrap=True)
+
+
+def show_problems(problems: Iterable[Problem], target: Console | None = None) -> None:
+    """Problems with an empty line between them."""
+    for number, problem in enumerate(problems):
+        if number:
+            (target or err_console()).print()
+        show_problem(problem, target)
+
+
+def end_with_problem(problem: Problem) -> None:
+    """The problem that ends a command: a JSON document if one was asked for, and the three lines."""
+    if json_wanted():
+        print_json({"schema": "kleinctl.error/1", "problem": problem.to_json()})
+    show_problem(problem)
+
+
+def misuse(error: click.ClickException) -> None:
+    """What was typed wrongly, and how to see what can be typed."""
+    ctx = getattr(error, "ctx", None)
+    command = ctx.command_path if ctx else "kleinctl"
+    problem = Problem(error.format_message().rstrip("."), "Nothing was run.", f"{command} --help", name="usage")
+    end_with_problem(problem)
+
+
+def our_bug(error: BaseException) -> None:
+    """What escaped is our mistake: keep it in a file that can be pasted into an issue, and say where."""
+    from kleinctl.home import logs_folder
+
+    text = redact("".join(traceback.format_exception(error)))
+    try:
+        logs_folder().mkdir(parents=True, exist_ok=True)
+        path = logs_folder() / f"crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+        path.write_text(f"kleinctl {' '.join(sys.argv[1:2])}\n{text}", encoding="utf-8")
+        where, fix = (
+            f"The details are in {path}.",
+            f"attach {path} to a report at https://github.com/kleinctl/kleinctl/issues",
+        )
+    except OSError:
+        sys.stderr.write(text)
+        where, fix = "The details stand above.", "report it at https://github.com/kleinctl/kleinctl/issues"
+    last = redact(f"{type(error).__name__}: {error}").splitlines()[0][:300]
+    end_with_problem(Problem("kleinctl made a mistake", f"{last}. {where}", fix, name="bug"))
+
+
+def redact(text: str) -> str:
+    """`text` without this user's home path, tokens, and credentials in addresses."""
+    text = text.replace(str(Path.home()), "~")
+    text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "hf_***", text)
+    return re.sub(r"(https?://)[^/\s@]+@", r"\1***@", text)
+
+
+def discard_stdout() -> None:
+    """The reader went away (`kleinctl models | head`): let Python's last flush go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,115 @@
+"""`kleinctl plan`"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kleinctl.cli import options, output
+from kleinctl.problem import OK, PROBLEMS
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kleinctl.hardware import Hardware
+
+#: Sides of the square pictures that the table shows, in pixels.
+SIDES = (512, 1024, 1536, 2048)
+
+
+@click.command("plan", short_help="Predicted VRAM, RAM, disk and seconds for every backend.")
+@click.option("--gpu", metavar="NAME", help='Answer for this card instead, as in "RTX 4070 Ti SUPER"; "none" for none.')
+@click.option("--ram", metavar="BYTES", help="Answer for this much RAM; a bare number is GiB.")
+@options.together(options.model, options.backend, options.size, options.vram_limit, options.as_json)
+def command(
+    gpu: str | None,
+    ram: str | None,
+    model: str | None,
+    backend: str | None,
+    size: str | None,
+    vram_limit: str | None,
+    as_json: bool,
+) -> int:
+    """Predicted VRAM, RAM, disk and seconds for every backend and size, here or on another machine."""
+    from kleinctl.plugins import Plugins
+    from kleinctl.survey import automatic_models, best
+
+    plugins = Plugins()
+    hardware = options.this_machine(vram_limit) if gpu is None and ram is None else elsewhere(gpu, ram, vram_limit)
+    models = [plugins.model(model)] if model else automatic_models(plugins)
+    offers = [plugins.backend(backend)] if backend else list(plugins.backends.values())
+    sizes = [options.parsed_size(size)] if size else [(side, side) for side in SIDES]
+    rows = []
+    for width, height in sizes:
+        for each in best(offers, models, hardware, {"width": width, "height": height})[0]:
+            row = {"backend": each.backend, "model": each.model, "width": width, "height": height}
+            rows.append({**row, "fit": each.fit.to_json(), "why_not": each.why_not})
+    _, choice = best(offers, models, hardware, {})
+    if as_json:
+        output.print_json(
+            {
+                "schema": "kleinctl.plan/1",
+                "hardware": hardware.to_json(),
+                "rows": rows,
+                "choice": choice.to_json() if choice else None,
+            }
+        )
+    else:
+        show(hardware, rows, choice.why if choice else "Nothing would run.")
+    return OK if choice else PROBLEMS
+
+
+def elsewhere(gpu: str | None, ram: str | None, vram_limit: str | None) -> Hardware:
+    """The hardware of a machine that is described; what is not said stays as it is here."""
+    from kleinctl.hardware import imagine
+    from kleinctl.units import GIB, parse_bytes
+
+    amount = None if ram is None else int(float(ram) * GIB) if ram.replace(".", "", 1).isdigit() else parse_bytes(ram)
+    none = gpu is not None and gpu.lower() == "none"
+    hardware = imagine(None if none else gpu, amount, None if gpu and ram else options.this_machine())
+    hardware = replace(hardware, gpus=()) if none else hardware
+    if vram_limit:
+        most = parse_bytes(vram_limit)
+        gpus = tuple(replace(each, vram_free_bytes=min(each.vram_free_bytes, most)) for each in hardware.gpus)
+        hardware = replace(hardware, gpus=gpus)
+    return hardware
+
+
+def show(hardware: Hardware, rows: list[dict[str, Any]], why: str) -> None:
+    """A table for each model: what each backend would take at each size."""
+    from kleinctl.units import bytes_text, gib
+
+    card = hardware.gpu
+    has = f"{card.name}, {gib(card.vram_free_bytes)} of VRAM free" if card else "no NVIDIA card"
+    output.answer(f"{has}, {gib(hardware.ram_available_bytes)} of RAM available")
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        output.answer(f"\n{model}, {bytes_text(own[0]['fit']['disk_bytes'])} on disk")
+        output.console().print(_table(own))
+        for reason in dict.fromkeys(row["why_not"] for row in own if row["why_not"]):
+            output.answer(f"no: {reason}")
+    output.answer(f"\n{why}\nPredicted, not measured: arithmetic on sizes and the card's data sheet.")
+    for sentence in hardware.remarks:
+        output.answer(sentence)
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    from kleinctl.units import gib, seconds_text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("backend", no_wrap=True)
+    for title in ("size", "VRAM", "RAM", "first", "next"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("fits", no_wrap=True)
+    for row in rows:
+        fit = row["fit"]
+        memory = (gib(fit["vram_bytes"]), gib(fit["ram_bytes"]))
+        times = (seconds_text(fit["seconds_first"]), seconds_text(fit["seconds_next"]))
+        size, dim = f"{row['width']}x{row['height']}", "dim" if row["why_not"] else None
+        table.add_row(row["backend"], size, *memory, *times, "no" if dim else "yes", style=dim)
+    return table

@@ -1,0 +1,86 @@
+"""Slow work, shown: bars on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from kleinctl.cli import output
+
+#: Seconds between lines where there is no terminal.
+LINE_SECONDS = 10.0
+
+
+class Bars:
+    """A bar for each thing under way and, where there are several, one for all of it.
+
+    `show(key, text, done, total)` moves or makes the bar of `key`; `total` None means that nobody knows the end.
+    On something that is no terminal, finished things get a line, and a long one every ten seconds.
+    """
+
+    def __init__(self, *, in_bytes: bool = False) -> None:
+        self._in_bytes = in_bytes
+        self._console = output.err_console()
+        self._live = self._console.is_terminal
+        self._progress: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._told: dict[str, float] = {}
+
+    def __enter__(self) -> Bars:
+        if self._live:
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
+
+            text = TextColumn("{task.description}", markup=False)
+            columns = (
+                (text, BarColumn(24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(compact=True))
+                if self._in_bytes
+                else (text, BarColumn(24), TextColumn("{task.fields[count]}"), TimeElapsedColumn())
+            )
+            self._progress = Progress(*columns, console=self._console, transient=True)
+            self._progress.start()
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def show(self, key: str, text: str, done: float, total: float | None) -> None:
+        """Move the bar of `key`."""
+        if self._progress is None:
+            self._line(key, text, done, total)
+            return
+        count = f"{done:.0f}/{total:.0f}" if total and total > 1 else ""
+        if key not in self._tasks:
+            self._tasks[key] = self._progress.add_task(text, total=total, count=count)
+        self._progress.update(self._tasks[key], description=text, completed=done, total=total, count=count)
+
+    def remove(self, key: str) -> None:
+        """Take the bar of something finished away."""
+        if self._progress is not None and key in self._tasks:
+            self._progress.remove_task(self._tasks.pop(key))
+
+    def remark(self, text: str) -> None:
+        """A line above the bars."""
+        output.remark(text)
+
+    def _line(self, key: str, text: str, done: float, total: float | None) -> None:
+        from kleinctl.units import bytes_text
+
+        now = time.monotonic()
+        finished = total is not None and done >= total
+        last = self._told.setdefault(key, now)
+        if last < 0 or (not finished and now - last < LINE_SECONDS):
+            return
+        self._told[key] = -1.0 if finished else now
+        shown = (lambda count: bytes_text(count)) if self._in_bytes else (lambda count: f"{count:.0f}")
+        amount = f" {shown(done)} of {shown(total)}" if total and (self._in_bytes or total > 1) else ""
+        output.remark(f"  {text}{amount}")

@@ -1,0 +1,158 @@
+"""The stretches of the road with their progress on the screen, as `up`, `install` and `run` show them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kleinctl.cli import output
+from kleinctl.cli.progress import Bars
+from kleinctl.units import bytes_text, seconds_text
+
+if TYPE_CHECKING:
+    from kleinctl.backends import Job
+    from kleinctl.environment import Environment
+    from kleinctl.generate import Result
+    from kleinctl.hardware import Hardware
+    from kleinctl.install import InstallPlan
+    from kleinctl.manifest import Model
+    from kleinctl.road import Place, Way
+
+#: Downloads beyond this many bytes are asked about, where somebody can answer.
+ASK_FROM = 10**9
+WORDS = {"rehash": "checking what is here", "download": "fetching", "verify": "verifying", "done": "done"}
+
+
+def accept_licence(model: Model, *, yes: bool) -> None:
+    """Show the licence of a model that wants to be accepted, and ask."""
+    from kleinctl import install
+
+    if not model.accept_licence or install.licence_accepted(model):
+        return
+    output.heading(f"{model.title} has a licence of its own")
+    output.remark(f"{model.licence}\nread it at {model.licence_url}")
+    if yes or (_somebody_there() and click.confirm("Do you accept it?", default=False, err=True)):
+        install.accept_licence(model)
+
+
+def show_files(plan: InstallPlan) -> None:
+    """What the install will do: what, from where, how many bytes, where to, and is there room."""
+    if plan.complete:
+        output.remark(f"{plan.model.name} is here: {len(plan.steps)} verified files in {plan.folder}")
+        return
+    output.heading(f"files of {plan.model.name}, to {plan.folder}")
+    for step in plan.steps:
+        if step.action != "present":
+            size = bytes_text(step.part.size) if step.part.size is not None else "size unknown"
+            output.remark(f"  {step.action:9} {size:>9}  {step.part.name}  from {step.source}")
+    here = sum(step.action == "present" for step in plan.steps)
+    total = f"{bytes_text(plan.fetch_bytes)} to fetch, {bytes_text(plan.disk_bytes)} to write"
+    total += f"; {bytes_text(plan.free_bytes)} are free"
+    output.remark(f"  {total}{f'; {here} files are here' if here else ''}")
+
+
+def ask_to_fetch(count: int, *, yes: bool) -> None:
+    """Ask before a large download, where somebody can answer; Ctrl-C later keeps what has arrived."""
+    if count >= ASK_FROM and not yes and _somebody_there():
+        click.confirm(f"Fetch {bytes_text(count)}?", default=True, abort=True, err=True)
+
+
+def _somebody_there() -> bool:
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def get_files(plan: InstallPlan) -> None:
+    """Carry the plan out, with a bar for each file and one in total."""
+    from kleinctl import install
+
+    if plan.complete:
+        return
+    with Bars(in_bytes=True) as bars:
+
+        def show(event: Any) -> None:
+            if event.stage == "wait":
+                bars.remark(f"  {event.note}")
+                return
+            name = event.part.rpartition("/")[2]
+            bars.show(event.part, f"{name} ({WORDS[event.stage]})", event.done, event.total)
+            if event.stage == "done":
+                bars.remove(event.part)
+            if event.all_total:
+                bars.show("", "all files", event.all_done, event.all_total)
+
+        install.install_files(plan, show)
+
+
+def show_environment(way: Way, where: Place, hardware: Hardware) -> None:
+    """Where the model will run, or what has to be built for it."""
+    from kleinctl import road
+
+    if where.environment is not None:
+        name = where.environment.name
+        output.remark("environment: this Python" if name == "this" else f"environment: {name}")
+        return
+    plan = road.plan_environment(way, where, hardware)
+    output.heading(f"Python environment {plan.name}, to {plan.folder}")
+    output.remark(f"  about {bytes_text(plan.download_bytes)} to fetch, {bytes_text(plan.disk_bytes)} on disk")
+
+
+def get_environment(way: Way, where: Place, hardware: Hardware) -> Environment:
+    """The environment of `where`, built if it has to be, with its steps shown."""
+    from kleinctl import environment as environments
+    from kleinctl import road
+
+    if where.environment is not None:
+        return where.environment
+    told: set[str] = set()
+    with Bars(in_bytes=True) as bars:
+
+        def show(event: Any) -> None:
+            title = f"{event.step}/{event.steps} {event.title}"
+            if title not in told:
+                told.add(title)
+                bars.remark(f"  {title}")
+            if event.total:
+                bars.show("download", event.detail, event.done, event.total)
+            elif event.detail:
+                bars.show("now", event.detail, 0, None)
+
+        return environments.build(road.plan_environment(way, where, hardware), show)
+
+
+def make_pictures(
+    way: Way,
+    environment: Environment,
+    where: Place,
+    hardware: Hardware,
+    jobs: Sequence[Job],
+    outputs: Sequence[Path],
+) -> Result:
+    """Run the jobs, with a bar for the stage and one for the pictures."""
+    from kleinctl import road
+    from kleinctl.generate import Finished
+
+    device = hardware.gpu.name if where.cuda and hardware.gpu else "the CPU"
+    output.heading(f"{way.model.name} with {way.backend.name} on {device}")
+    if way.model.note:
+        output.remark(way.model.note)
+    with Bars() as bars:
+        if len(jobs) > 1:
+            bars.show("all", "pictures", 0, len(jobs))
+        bars.show("stage", "starting the worker", 0, None)
+
+        def show(event: Any) -> None:
+            if isinstance(event, Finished):
+                bars.show("all", "pictures", event.number, event.count)
+                seconds = seconds_text(sum(event.image.seconds.values()))
+                bars.remark(f"  {event.image.path.name}: seed {event.image.job.seed}, {seconds}")
+            else:
+                bars.show("stage", event.stage, event.done, event.total)
+
+        result = road.pictures(way, environment, where, hardware, jobs, outputs, show)
+    for warning in result.warnings:
+        output.remark(f"warning: {warning}")
+    return result

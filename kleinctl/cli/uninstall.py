@@ -1,0 +1,54 @@
+"""`kleinctl uninstall`"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from kleinctl.cli import options, output
+from kleinctl.problem import OK, Misuse, Problem
+
+
+@click.command("uninstall", short_help="Take away a model, or everything kleinctl made.")
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
+@click.option("--environments", is_flag=True, help="Take away the managed Python environments.")
+@click.option("--all", "everything", is_flag=True, help="Take away all models and environments.")
+@options.together(options.yes, options.as_json)
+def command(models: tuple[str, ...], environments: bool, everything: bool, yes: bool, as_json: bool) -> int:
+    """Take away the files of MODEL, the managed environments, or everything kleinctl made.
+
+    Only what kleinctl put there goes: files that Hugging Face's cache or ComfyUI also have stay there.
+    """
+    from kleinctl import environment, install
+    from kleinctl.plugins import Plugins
+    from kleinctl.units import bytes_text
+
+    plugins = Plugins()
+    chosen = [plugins.model(name) for name in models] if not everything else list(plugins.models.values())
+    if not (chosen or environments or everything):
+        raise Misuse(
+            Problem("nothing was named", "A model, --environments or --all is wanted.", "kleinctl models", name="usage")
+        )
+    if not yes:
+        what = ", ".join([*(model.name for model in chosen), *(["environments"] if environments or everything else [])])
+        click.confirm(f"Take away {what}?", default=False, abort=True, err=True)
+    removed = [install.uninstall(model) for model in chosen]
+    gone = [each.name for each in environment.list_managed()] if environments or everything else []
+    for name in gone:
+        environment.remove(name)
+    document: dict[str, Any] = {
+        "schema": "kleinctl.uninstall/1",
+        "files": [str(path) for each in removed for path in each.files],
+        "freed_bytes": sum(each.freed_bytes for each in removed),
+        "left": [str(path) for each in removed for path in each.left],
+        "environments": gone,
+    }
+    if as_json:
+        output.print_json(document)
+    else:
+        count, freed = len(document["files"]), bytes_text(document["freed_bytes"])
+        output.answer(f"{count} files and {len(gone)} environments taken away, {freed} of files freed")
+        for path in document["left"]:
+            output.remark(f"left, for kleinctl did not put it there: {path}")
+    return OK

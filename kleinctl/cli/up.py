@@ -1,0 +1,124 @@
+"""`kleinctl up`"""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING
+
+import click
+
+from kleinctl.cli import options, output
+from kleinctl.problem import OK, KleinctlError, Problem
+
+if TYPE_CHECKING:
+    from kleinctl.hardware import Hardware
+    from kleinctl.install import InstallPlan
+    from kleinctl.plugins import Plugins
+    from kleinctl.road import Way
+
+
+@click.command("up", short_help="One line to a picture: doctor, choose, install, verify, run.")
+@click.argument("prompt")
+@options.together(options.out, options.model, options.backend, options.size)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="The seed; by default a new one each time.")
+@options.together(options.vram_limit, options.unverified, options.accept, options.yes, options.as_json)
+def command(
+    prompt: str,
+    out: str | None,
+    model: str | None,
+    backend: str | None,
+    size: str | None,
+    seed: int | None,
+    vram_limit: str | None,
+    allow_unverified: bool,
+    accept_licence: bool,
+    yes: bool,
+    as_json: bool,
+) -> int:
+    """One line to a picture: look at the machine, choose, install, verify, and run PROMPT.
+
+    The path of the picture is the last line on stdout. Where FLUX.2 [klein] cannot run, it says why, and what
+    ships with kleinctl runs instead.
+    """
+    from kleinctl import generate, road
+    from kleinctl.cli import steps
+    from kleinctl.cli.doctor import machine_lines
+    from kleinctl.cli.run import jobs_of, print_result
+    from kleinctl.plugins import Plugins
+    from kleinctl.survey import survey
+
+    road.check_prompt(prompt)
+    width, height = options.parsed_size(size)
+    asked = {"prompt": prompt, "width": width, "height": height, "seed": seed}
+    changes = {name: value for name, value in asked.items() if value is not None}
+    changes.setdefault("seed", secrets.randbelow(2**32))
+    plugins = Plugins()
+    hardware = options.this_machine(vram_limit)
+    for line in machine_lines(hardware):
+        output.remark(line)
+    found = survey(plugins, hardware, model=model, backend=backend, changes=changes)
+    output.show_problems(found.problems)
+    way, plan = choose(plugins, hardware, model, backend, changes, allow_unverified, accept=accept_licence or yes)
+    jobs = jobs_of(way.model, changes, 1)
+    outputs = generate.choose_outputs(jobs, out)
+    generate.prepare_outputs(jobs, outputs)
+    where = road.place(way, hardware)
+    steps.show_files(plan)
+    steps.show_environment(way, where, hardware)
+    if not plan.problems:
+        steps.ask_to_fetch(plan.fetch_bytes, yes=yes)
+    steps.get_files(plan)
+    environment = steps.get_environment(way, where, hardware)
+    result = steps.make_pictures(way, environment, where, hardware, jobs, outputs)
+    print_result(result, as_json=as_json)
+    return OK
+
+
+def choose(
+    plugins: Plugins,
+    hardware: Hardware,
+    model: str | None,
+    backend: str | None,
+    changes: dict,
+    allow_unverified: bool,
+    *,
+    accept: bool,
+) -> tuple[Way, InstallPlan]:
+    """The first model that fits and can be had, and what has to be fetched for it; says why the ones before it can't.
+
+    Raises:
+        KleinctlError: none can, or the one that was named cannot.
+    """
+    from kleinctl import road
+    from kleinctl.cli import steps
+    from kleinctl.fetch import reachable
+    from kleinctl.survey import automatic_models
+
+    models = [plugins.model(model)] if model else automatic_models(plugins)
+    failure: KleinctlError | None = None
+    for each in models:
+        try:
+            found = road.ways(plugins, [each], backend, hardware, changes)
+            if not found:
+                raise road.no_way(plugins, each, backend, hardware, changes)
+            way = found[0]
+            steps.accept_licence(each, yes=accept)
+            plan = road.files(way, allow_unverified=allow_unverified)
+            unreachable = reachable() if plan.fetch_bytes and not plan.problems else None
+            if unreachable is not None:
+                raise KleinctlError(unreachable)
+            if failure is not None:
+                output.remark(f"so {each.name} runs instead")
+            return way, plan
+        except KleinctlError as error:
+            if each is models[-1]:
+                raise failure or error from None
+            failure = failure or error
+            output.remark(f"{error.problem.what}: {error.problem.why}")
+    raise failure or KleinctlError(no_models())
+
+
+def no_models() -> Problem:
+    """The problem of an installation without any model."""
+    why = "No plugin offers one that can be chosen."
+    return Problem("there is no model to run", why, "kleinctl plugins", name="no-models")

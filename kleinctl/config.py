@@ -1,0 +1,34 @@
+"""The user's settings, `config.toml`: a table for each command, with defaults for its options."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from kleinctl.problem import KleinctlError, Problem
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """The settings in `path`; none where there is no file.
+
+    Raises:
+        KleinctlError: the file cannot be read or is no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise KleinctlError(
+            Problem(f"{path} cannot be read", str(error.strerror), f"check who owns {path}", name="config-unreadable")
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise KleinctlError(
+            Problem(f"{path} is no valid TOML", f"{error}.", f"mend or remove {path}", name="config-broken")
+        ) from None

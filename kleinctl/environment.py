@@ -1,0 +1,508 @@
+"""Which Python runs the worker: this one where it has what a backend needs, else a managed one.
+
+A managed environment is a venv `envs/<torch build>-<digest of what is in it>/` with an `environment.json`. Its versions
+are data, `environments.toml`. kleinctl is not in it: the worker's bootstrap says where kleinctl lies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import site
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kleinctl.home import envs_folder
+from kleinctl.problem import KleinctlError, Misuse, Problem, did_you_mean
+from kleinctl.units import bytes_text
+
+if TYPE_CHECKING:
+    from kleinctl.hardware import Gpu, Hardware
+
+RECORD = "environment.json"
+DRIVERS = "https://www.nvidia.com/drivers"
+#: What `Environment.to_json` shows: the packages that pictures depend on.
+SHOWN = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "pillow", "numpy")
+#: Where a venv has its interpreter.
+PYTHON = Path("Scripts", "python.exe") if os.name == "nt" else Path("bin", "python")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A Python and what is installed in it: `packages` by normalized name, and their versions.
+
+    `torch_cuda` is the CUDA version that torch was built for ("13.0"), None for a build without CUDA or no torch.
+    `name` is the folder's name of a managed environment, "this" for the interpreter that runs kleinctl.
+    """
+
+    python: Path
+    packages: Mapping[str, str]
+    torch_cuda: str | None = None
+    managed: bool = False
+    name: str = "this"
+
+    def to_json(self) -> dict[str, Any]:
+        """The environment as JSON documents carry it."""
+        shown = {name: self.packages[name] for name in SHOWN if name in self.packages}
+        return {**asdict(self), "python": str(self.python), "packages": shown}
+
+
+@dataclass(frozen=True)
+class TorchBuild:
+    """One build of torch as it is offered for download. Bytes are approximate and include its CUDA packages."""
+
+    name: str
+    torch: str
+    index: str
+    cuda: str | None = None
+    download_bytes: int = 0
+    disk_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class EnvironmentPlan:
+    """A managed environment before it is built.
+
+    `python` is the interpreter it will be made from, `pins` exact requirements, a complete set but for torch; `extras`
+    are those of a plugin that the pinned set does not know. Bytes are approximate.
+    """
+
+    name: str
+    folder: Path
+    python: Path
+    build: TorchBuild
+    pins: tuple[str, ...]
+    extras: tuple[str, ...] = ()
+    download_bytes: int = 0
+    disk_bytes: int = 0
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What `build` will do, in order."""
+        extras = (f"install {', '.join(self.extras)}",) if self.extras else ()
+        return (
+            "make a virtual environment",
+            f"install {len(self.pins)} packages",
+            f"install torch {self.build.torch} ({self.build.name})",
+            *extras,
+            "import torch and check versions",
+        )
+
+
+@dataclass(frozen=True)
+class BuildEvent:
+    """Progress: step `step` of `steps`, what it is at, and bytes of the present download (0 of 0 outside of one)."""
+
+    step: int
+    steps: int
+    title: str
+    detail: str = ""
+    done: int = 0
+    total: int = 0
+
+
+OnEvent = Callable[[BuildEvent], None]
+
+
+# What is installed
+
+
+def inspect(python: Path | None = None) -> Environment:
+    """What another interpreter, or this one, has: read from file names, nothing is run or imported."""
+    from kleinctl.hardware.packages import packages_in
+
+    folders = site.getsitepackages() if python is None else [str(folder) for folder in _site_packages(python)]
+    torch = packages_in(folders).get("torch")
+    cuda = torch.cuda if torch and torch.cuda != "unknown" else None
+    return Environment(python or Path(sys.executable), _installed(folders), cuda)
+
+
+def _site_packages(python: Path) -> list[Path]:
+    """The folders that `python` imports packages from: of a venv, of an installation, of an embedded Python."""
+    prefix = python.parent.parent
+    if not (prefix / "pyvenv.cfg").is_file():
+        prefix = python.parent if (python.parent / "Lib").is_dir() else python.resolve().parent.parent
+    found = (prefix / "Lib" / "site-packages", *sorted(prefix.glob("lib*/python3*/*-packages")))
+    return [folder for folder in found if folder.is_dir()]
+
+
+def _installed(folders: Iterable[str]) -> dict[str, str]:
+    """Names and versions, as installers write them into folder names: `torch-2.13.0+cu130.dist-info`."""
+    found: dict[str, str] = {}
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            for entry in os.listdir(folder):  # noqa: PTH208 (a third of the time)
+                match = re.fullmatch(r"([A-Za-z0-9][\w.]*)-(\d[^-]*)(?:-py[\d.]+)?\.(?:dist|egg)-info", entry)
+                if match:
+                    found.setdefault(re.sub(r"[_.]+", "-", match[1]).lower(), match[2])
+    return found
+
+
+def missing(environment: Environment, requires: Sequence[str], cuda: bool, hardware: Hardware) -> list[str]:
+    """Why `environment` does not do, in sentences: packages, and for `cuda` the card and driver of `hardware`."""
+    reasons = [_unmet(requirement, environment.packages) for requirement in requires]
+    if cuda and "torch" in environment.packages:
+        reasons.append(_unfit_torch(environment, hardware))
+    return [reason for reason in reasons if reason]
+
+
+def _unmet(requirement: str, packages: Mapping[str, str]) -> str | None:
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    wanted = Requirement(requirement)
+    version = packages.get(canonicalize_name(wanted.name))
+    if wanted.marker and not wanted.marker.evaluate():
+        return None
+    if version is None:
+        return f"{wanted.name} is not installed."
+    return (
+        None
+        if _within(version, str(wanted.specifier))
+        else f"{wanted.name} is {version}; wanted is {wanted.specifier}."
+    )
+
+
+def _within(version: str, specifier: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion
+
+    try:
+        return SpecifierSet(specifier).contains(version, prereleases=True)
+    except InvalidVersion:  # people rename folders
+        return False
+
+
+def _unfit_torch(environment: Environment, hardware: Hardware) -> str | None:
+    torch, cuda, gpu = environment.packages["torch"], environment.torch_cuda, hardware.gpu
+    if gpu is None:
+        return "There is no NVIDIA card to use."
+    if cuda is None:
+        return f"torch {torch} is a build without CUDA; {gpu.name} needs one with it."
+    kernels = _kernels(cuda, torch, hardware.platform)
+    if kernels and not _covers(kernels, gpu):
+        return f"torch {torch} (CUDA {cuda}) has no kernels for {gpu.name} ({gpu.arch})."
+    wanted = _driver_wanted(cuda, gpu)
+    if not _driver_reaches(gpu, wanted):
+        return f"torch {torch} (CUDA {cuda}) wants driver {wanted} or newer; {gpu.name} has {gpu.driver}."
+    return None
+
+
+def find(requires: Sequence[str], hardware: Hardware, cuda: bool) -> Environment | None:
+    """The environment to run a worker in: this one, else a managed one, the newest that fits; None if there is none."""
+    candidates = (inspect(), *list_managed())
+    return next((each for each in candidates if not missing(each, requires, cuda, hardware)), None)
+
+
+# Managed environments
+
+
+def list_managed() -> list[Environment]:
+    """The managed environments that are whole, the newest first."""
+    whole = [(folder / RECORD, _managed(folder)) for folder in _folders()]
+    ready = [(record.stat().st_mtime, found) for record, found in whole if isinstance(found, Environment)]
+    return [environment for _, environment in sorted(ready, key=lambda each: each[0], reverse=True)]
+
+
+def broken() -> list[Problem]:
+    """A problem for each managed environment that cannot be used any more. `build` replaces such a one."""
+    found = {folder: _managed(folder) for folder in _folders()}
+    return [
+        Problem(
+            what=f"the environment {folder.name} is broken",
+            why=why,
+            fix="kleinctl install",
+            name="environment-broken",
+            path=str(folder),
+            auto=True,
+        )
+        for folder, why in found.items()
+        if isinstance(why, str)
+    ]
+
+
+def remove(name: str) -> None:
+    """Delete a managed environment, whole or broken.
+
+    Raises:
+        Misuse: there is none of that name.
+    """
+    folders = {folder.name: folder for folder in _folders()}
+    if name not in folders:
+        why = f"There is {', '.join(folders) or 'none'}.{did_you_mean(name, folders)}"
+        raise Misuse(Problem(f"there is no environment {name!r}", why, "kleinctl uninstall --help"))
+    try:
+        with _lock():
+            _discard(folders[name])
+    except PermissionError as error:
+        why = f"{error.strerror}: {error.filename}."
+        raise KleinctlError(Problem(f"{name} is in use", why, "end what runs in it, and try again")) from None
+
+
+def _folders() -> list[Path]:
+    try:
+        return sorted(path for path in envs_folder().iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError:
+        return []
+
+
+def _managed(folder: Path) -> Environment | str:
+    """The environment in `folder`, or a sentence saying what is wrong with it."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        wanted = dict(line.split("==") for line in record["freeze"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{RECORD} is missing or damaged: the installation was not finished."
+    python = folder / PYTHON
+    if not python.exists():  # a venv's python is a link to the one it was made from
+        return f"The Python it was made from is gone: {record.get('made_from', 'unknown')}."
+    found = inspect(python)
+    lost = [name for name, version in wanted.items() if found.packages.get(name) != version]
+    if lost:
+        return f"{len(lost)} of its {len(wanted)} packages are not as they were installed: {', '.join(lost[:5])}."
+    return Environment(python, found.packages, found.torch_cuda, True, folder.name)
+
+
+# Which torch
+
+
+@cache
+def data() -> dict[str, Any]:
+    """`environments.toml`."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(Path(__file__).with_name("environments.toml").read_text(encoding="utf-8"))
+
+
+def torch_build(hardware: Hardware, cuda: bool) -> TorchBuild:
+    """The build of torch to install: for the card and driver of `hardware`, or without CUDA.
+
+    Of several that fit, the one that serves most of the machine's cards, then the one named first in the data.
+
+    Raises:
+        KleinctlError: no build fits this system, Python, card or driver.
+    """
+    _check_system(hardware)
+    *with_cuda, cpu = (_build(row, hardware.platform) for row in data()["builds"])
+    if not cuda:
+        return cpu
+    gpu = hardware.gpu
+    if gpu is None:
+        raise _no_build("there is no NVIDIA card to use", "The driver offers none.", "kleinctl doctor")
+    serving = {build: _kernels(build.cuda, build.torch, hardware.platform) for build in with_cuda}
+    covering = [build for build, kernels in serving.items() if _covers(kernels, gpu)]
+    if not covering:
+        why = f"It has compute capability {gpu.compute_capability}; PyTorch's builds start at 5.0 (6.1 on Windows)."
+        if gpu.capability >= (10, 0):
+            why = f"It has compute capability {gpu.compute_capability}, newer than the builds this kleinctl knows."
+        raise _no_build(f"no torch can use {gpu.name}", why, 'kleinctl up --model klein-tiny "a red circle"', ref="A04")
+    fitting = [build for build in covering if _driver_reaches(gpu, _driver_wanted(build.cuda, gpu))]
+    if not fitting:
+        wanted = min((_driver_wanted(build.cuda, gpu) for build in covering), key=numbers)
+        why = f"It has driver {gpu.driver}; the oldest that a torch for it works with is {wanted}."
+        raise _no_build(f"the driver of {gpu.name} is too old", why, f"install driver 580 from {DRIVERS}", ref="A01")
+    cards = [card for card in hardware.gpus if not card.hidden]
+    return max(fitting, key=lambda build: sum(_covers(serving[build], card) for card in cards))
+
+
+def _build(row: Mapping[str, Any], platform: str) -> TorchBuild:
+    sizes = {key: row[key].get(platform, 0) for key in ("download_bytes", "disk_bytes")}
+    return TorchBuild(**{**row, **sizes})
+
+
+def _kernels(cuda: str | None, torch: str, platform: str) -> list[str]:
+    """The compute capabilities that a torch has kernels for; none where that is not known."""
+    rows = [row for row in data()["kernels"] if row["cuda"] == cuda and _within(torch, row["torch"])]
+    return rows[0].get(platform, rows[0]["capabilities"]) if rows else []
+
+
+def _covers(kernels: Iterable[str], gpu: Gpu) -> bool:
+    """Whether one of these runs on the card: the same first number, and a second no larger (CUDA C++ guide, 5.1)."""
+    major, minor = gpu.capability
+    return any((first, second) <= (major, minor) and first == major for first, second in map(numbers, kernels))
+
+
+def _driver_wanted(cuda: str | None, gpu: Gpu) -> str:
+    """The oldest driver for a build of this CUDA version on this card."""
+    rows, major = data(), (cuda or "").partition(".")[0]
+    return max(rows["drivers"].get(major, "0"), rows["card_drivers"].get(str(gpu.capability[0]), "0"), key=numbers)
+
+
+def _driver_reaches(gpu: Gpu, wanted: str) -> bool:
+    return gpu.driver is None or numbers(gpu.driver) >= numbers(wanted)
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """`580.65.06` as numbers that compare. Good for drivers, compute capabilities and pip's releases."""
+    return tuple(map(int, re.findall(r"\d+", version)))
+
+
+def _check_system(hardware: Hardware) -> None:
+    """Raise where PyTorch offers no wheel at all: entry A05 of the failure catalogue."""
+    allowed, python = data()["python"], hardware.python
+    if hardware.platform not in ("linux", "win32") or hardware.machine.lower() not in ("x86_64", "amd64", "unknown"):
+        why = f"kleinctl makes them for Linux and Windows on x86-64; this is {hardware.os} on {hardware.machine}."
+        fix = "pip install torch diffusers transformers accelerate"
+        raise _no_build("there is no environment for this system", why, fix)
+    if python is None:
+        return
+    fix = "uv tool install --python 3.12 kleinctl"
+    if python.bits != 64:
+        raise _no_build("this Python is a 32-bit one", "PyTorch is made for 64-bit Pythons alone.", fix)
+    if not numbers(allowed["oldest"]) <= numbers(python.version)[:2] <= numbers(allowed["newest"]):
+        why = f"The packages to install are made for {allowed['oldest']} to {allowed['newest']}."
+        raise _no_build(f"Python {python.version} cannot run a model", why, fix)
+
+
+def _no_build(what: str, why: str, fix: str, ref: str = "A05") -> KleinctlError:
+    return KleinctlError(Problem(what, why, fix, name="no-torch-build", ref=ref))
+
+
+# The plan
+
+
+def plan(requires: Sequence[str], hardware: Hardware, cuda: bool) -> EnvironmentPlan:
+    """The managed environment that meets `requires` on this machine.
+
+    Raises:
+        KleinctlError: there is no torch for this machine, or a requirement contradicts the pinned versions.
+    """
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    build, stack = torch_build(hardware, cuda), data()["stack"]
+    _check_libc()
+    pinned = [pin for pin in map(Requirement, stack["pins"]) if not pin.marker or pin.marker.evaluate()]
+    pins = tuple(f"{pin.name}{pin.specifier}" for pin in pinned)
+    versions = {"torch": build.torch, **dict(pin.split("==") for pin in pins)}
+    known = [each for each in requires if canonicalize_name(Requirement(each).name) in versions]
+    against = [reason for each in known if (reason := _unmet(each, versions))]
+    if against:
+        raise KleinctlError(
+            Problem(
+                "a backend wants other versions than kleinctl installs",
+                " ".join(against),
+                f"pip install {shlex.join(requires)}",
+                name="versions-clash",
+            )
+        )
+    extras = tuple(each for each in requires if each not in known)
+    version = "{}.{}".format(*sys.version_info)
+    content = "\n".join([version, build.torch, *pins, *extras])
+    name = f"{build.name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+    return EnvironmentPlan(
+        name=name,
+        folder=envs_folder() / name,
+        python=Path(getattr(sys, "_base_executable", None) or sys.executable),
+        build=build,
+        pins=pins,
+        extras=extras,
+        download_bytes=build.download_bytes + stack["download_bytes"],
+        disk_bytes=build.disk_bytes + stack["disk_bytes"],
+    )
+
+
+def _check_libc() -> None:
+    """Raise on a Linux whose C library PyTorch's wheels do not run with (musl; glibc before 2.28)."""
+    from packaging.tags import platform_tags
+
+    if sys.platform == "linux" and "manylinux_2_28_x86_64" not in platform_tags():
+        why = "PyTorch's wheels want glibc 2.28 or newer; here is an older one, or musl."
+        raise _no_build("this Linux's C library cannot run PyTorch", why, "use a newer Linux, or a container of one")
+
+
+# Building
+
+
+def build(plan: EnvironmentPlan, progress: OnEvent = lambda event: None, *, allow_large: bool = False) -> Environment:
+    """Build the environment, or return it where it is there and whole.
+
+    It is made beside and renamed, so an interrupted build leaves its log (`logs/install-<name>.log`) and nothing else.
+    `allow_large` takes a torch with CUDA where one without was wanted and cannot be had.
+
+    Raises:
+        KleinctlError: something could not be installed; the problem has the last lines of the log and its path.
+    """
+    from kleinctl.environment_build import Builder
+
+    builder = Builder(plan, progress, allow_large)
+    with _lock(builder.waiting):
+        found = _managed(plan.folder)
+        if isinstance(found, Environment):
+            return found
+        for left in envs_folder().glob(".new-*"):  # we have the lock: whoever made these is gone
+            shutil.rmtree(left, ignore_errors=True)
+        _check_room(plan)
+        try:
+            builder.run()
+            _discard(plan.folder)
+            _rename(builder.beside, plan.folder)
+        except OSError as error:
+            raise builder.failure(f"{error.strerror}: {error.filename}") from error
+        finally:
+            shutil.rmtree(builder.beside, ignore_errors=True)
+        built = _managed(plan.folder)
+    if isinstance(built, str):
+        raise builder.failure(f"It was built, and then: {built}")
+    return built
+
+
+@contextlib.contextmanager
+def _lock(waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """One process at a time changes the environments; the operating system lets go of the lock when a process dies."""
+    import filelock
+
+    envs_folder().mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(envs_folder() / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        waiting()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _check_room(plan: EnvironmentPlan) -> None:
+    """Raise where the disk has no room for the downloads and what comes out of them, which are there together."""
+    wanted, free = plan.download_bytes + plan.disk_bytes, shutil.disk_usage(envs_folder()).free
+    if free < wanted:
+        why = f"Wanted for a while are {bytes_text(wanted)}; {bytes_text(free)} are free."
+        fix = "make room, or set KLEINCTL_HOME to a folder on another disk"
+        raise KleinctlError(Problem(f"{envs_folder()} has no room for {plan.name}", why, fix, name="disk-full"))
+
+
+def _discard(folder: Path) -> None:
+    """Take a folder away at once, and then delete it, however long that takes.
+
+    Raises:
+        PermissionError: Windows, where a program in it is running.
+    """
+    if folder.exists():
+        hidden = folder.with_name(f".new-{os.getpid()}-{folder.name}")
+        _rename(folder, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _rename(source: Path, target: Path) -> None:
+    """Rename a folder; on Windows a virus scanner may hold new files for a moment."""
+    for wait in (0.2, 0.5, 1, 2, 4):
+        with contextlib.suppress(PermissionError):
+            source.rename(target)
+            return
+        time.sleep(wait)
+    source.rename(target)

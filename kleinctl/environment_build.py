@@ -1,0 +1,238 @@
+"""Building a managed environment: venv, pinned packages, torch from its own index, and a first import."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from kleinctl import __version__
+from kleinctl.environment import PYTHON, RECORD, BuildEvent, EnvironmentPlan, OnEvent, data, inspect, numbers
+from kleinctl.home import envs_folder, logs_folder, offline
+from kleinctl.problem import KleinctlError, Problem
+
+#: Seconds: an answer from a package index, a first `import torch` from a slow disk, gigabytes over a slow line.
+PROBE_SECONDS, IMPORT_SECONDS, LONGEST_SECONDS = 5, 300, 24 * 3600
+#: Nothing is compiled here, C or Python: byte code of all files takes 28 s and 190 MB, of those ever imported 8 s.
+WHEELS = ("--only-binary", ":all:", "--no-compile")
+
+
+def reachable(index: str) -> bool:
+    """Whether a package index answers for torch within seconds. A certificate we do not trust is pip's to judge."""
+    import http.client
+    import ssl
+    from urllib.error import URLError
+    from urllib.request import Request, urlopen
+
+    try:
+        with urlopen(Request(f"{index}/torch/", method="HEAD"), timeout=PROBE_SECONDS):
+            return True
+    except URLError as error:
+        return isinstance(error.reason, ssl.SSLCertVerificationError)
+    except (OSError, http.client.HTTPException, ValueError):
+        return False
+
+
+#: What the last words of pip mean, and what to do about it; the first that is found counts.
+_HINTS = {
+    r"No space left on device|not enough space": "make room, or set KLEINCTL_HOME to a folder on another disk",
+    r"Windows Long Path": "allow long paths: https://pip.pypa.io/warnings/enable-long-paths",
+    r"CERTIFICATE_VERIFY_FAILED|certificate verify failed": "pip config set global.cert YOUR-COMPANYS-CERTIFICATE.pem",
+    r"DO NOT MATCH THE HASHES": "python -m pip cache purge",
+    r"ensurepip|No module named '?venv": "sudo apt install python3-venv",
+    r"WinError (126|1114)": "install https://aka.ms/vs/17/release/vc_redist.x64.exe",
+    r"name resolution|NewConnection|[Tt]imed? ?out|refused|reset by|Proxy": "check the network, then: kleinctl install",
+    r"No matching distribution": "let this machine reach https://pypi.org and https://download.pytorch.org",
+}  # fmt: skip
+_DOWNLOADING = re.compile(r"\s*Downloading (?:\S*/)?([\w.]+?)-\d\S*\.(?:whl|tar\.gz|zip) ")
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+@dataclass
+class Builder:
+    """One build under way: the step it is at, and the last lines of what its subprocesses print."""
+
+    plan: EnvironmentPlan
+    progress: OnEvent
+    allow_large: bool
+    step: int = 0
+    package: str = ""
+    last: deque[str] = field(default_factory=lambda: deque(maxlen=40))
+
+    @property
+    def beside(self) -> Path:
+        """A short name: torch has files 175 characters down, and Windows takes paths of 260."""
+        return envs_folder() / f".new-{os.getpid()}"
+
+    @property
+    def log(self) -> Path:
+        return logs_folder() / f"install-{self.plan.name}.log"
+
+    def run(self) -> None:
+        """All steps, as `EnvironmentPlan.steps` tells them."""
+        start = time.monotonic()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.log.write_text(f"kleinctl {__version__}, {self.plan.name}\n", encoding="utf-8")
+        self.make_venv()
+        self.begin()
+        self.install("--no-deps", *WHEELS, *self.plan.pins)
+        self.begin()
+        self.install(*WHEELS, *self.torch_source())
+        if self.plan.extras:
+            self.begin()
+            constraints = self.beside / "tmp" / "constraints.txt"
+            constraints.write_text("\n".join((*self.plan.pins, f"torch=={self.plan.build.torch}")), encoding="utf-8")
+            self.install("--constraint", str(constraints), *self.plan.extras)
+        self.begin()
+        self.pip("check")
+        self.write_record(*self.import_torch(), seconds=time.monotonic() - start)
+        shutil.rmtree(self.beside / "tmp", ignore_errors=True)
+
+    def begin(self) -> None:
+        self.step += 1
+        self.say()
+
+    def say(self, detail: str = "", done: int = 0, total: int = 0) -> None:
+        title = self.plan.steps[max(self.step, 1) - 1]
+        self.progress(BuildEvent(self.step, len(self.plan.steps), title, detail, done, total))
+
+    def waiting(self) -> None:
+        self.say("another kleinctl is building one; waiting for it")
+
+    def make_venv(self) -> None:
+        self.begin()
+        (self.beside / "tmp").mkdir(parents=True)
+        self.call(str(self.plan.python), "-I", "-m", "venv", "--prompt", self.plan.name, str(self.beside))
+        if not self.pip_is_new():
+            with contextlib.suppress(KleinctlError):  # an older pip does as well, and tells less
+                self.install(f"pip=={data()['pip']['pin']}")
+
+    def pip_is_new(self) -> bool:
+        return numbers(inspect(self.beside / PYTHON).packages.get("pip", "0")) >= numbers(data()["pip"]["oldest"])
+
+    def torch_source(self) -> list[str]:
+        """pip's arguments for torch: PyTorch's own index, or else what pip is configured for, if that is the same."""
+        wanted = self.plan.build
+        if not offline() and reachable(wanted.index):
+            return ["--index-url", wanted.index, f"torch=={wanted.torch}+{wanted.name}"]
+        self.say(f"{wanted.index} cannot be reached; asking pip's own index for torch {wanted.torch}")
+        source, report = [f"torch=={wanted.torch}"], self.beside / "tmp" / "report.json"
+        self.install("--dry-run", "--quiet", "--report", str(report), *WHEELS, *source)
+        offered = [each["metadata"] for each in json.loads(report.read_text(encoding="utf-8"))["install"]]
+        found = offered_build({each["name"]: each["version"] for each in offered})
+        if found == wanted.name or (self.allow_large and wanted.cuda is None):
+            return source
+        why = f"{wanted.index} cannot be reached, and pip's own index has a {found} torch ({len(offered)} packages)."
+        fix = f"PIP_EXTRA_INDEX_URL=https://YOUR-MIRROR/whl/{wanted.name} kleinctl install"
+        raise self.failure(why, fix, what=f"torch {wanted.torch} ({wanted.name}) cannot be had")
+
+    def import_torch(self) -> tuple[str, str | None]:
+        """torch's version and CUDA, by importing it in the new environment: that finds broken and foreign libraries."""
+        code = "import json, torch; print(json.dumps([torch.__version__, torch.version.cuda]))"
+        self.call(str(self.beside / PYTHON), "-I", "-c", code, timeout=IMPORT_SECONDS)
+        version, cuda = json.loads(self.last[-1])
+        if cuda != self.plan.build.cuda and not (self.allow_large and self.plan.build.cuda is None):
+            raise self.failure(f"Installed was torch {version} for CUDA {cuda}; wanted is {self.plan.build.name}.")
+        return version, cuda
+
+    def write_record(self, torch: str, cuda: str | None, seconds: float) -> None:
+        packages = sorted(inspect(self.beside / PYTHON).packages.items())  # pip, like `pip freeze`, leaves itself out
+        record = {
+            "schema": "kleinctl.environment/1",
+            "name": self.plan.name,
+            "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": round(seconds, 1),
+            "made_from": str(self.plan.python),
+            "torch": {"version": torch, "cuda": cuda, "build": asdict(self.plan.build)},
+            "requirements": [*self.plan.pins, *self.plan.extras],
+            "freeze": [f"{name}=={version}" for name, version in packages if name != "pip"],
+        }
+        (self.beside / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+    def install(self, *arguments: str) -> None:
+        """Run the new environment's pip. The user's configuration of it holds; what is secret in there stays there."""
+        options = ["--no-user", "--progress-bar", "raw" if self.pip_is_new() else "off"]
+        self.pip("install", *options, *(["--no-index"] if offline() else []), *arguments)
+
+    def pip(self, *arguments: str) -> None:
+        self.call(str(self.beside / PYTHON), "-I", "-X", "utf8", "-u", "-m", "pip", *arguments)
+
+    def call(self, *command: str, timeout: float = LONGEST_SECONDS) -> None:
+        """Run a command to its end, every line into the log; whatever interrupts us ends the command too."""
+        tmp = str(self.beside / "tmp")  # on the disk that was found to have room; /tmp may be small
+        quiet = {"PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "TMPDIR": tmp, "TEMP": tmp, "TMP": tmp}
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        pipes |= {"encoding": "utf-8", "errors": "replace", "env": {**os.environ, **quiet}}
+        self.last.clear()
+        with self.log.open("a", encoding="utf-8") as log, subprocess.Popen(command, **pipes) as child:
+            log.write(f"\n$ {' '.join(command)}\n")
+            limit = threading.Timer(timeout, child.kill)
+            try:
+                limit.start()
+                for line in child.stdout or ():
+                    self.heard(line.rstrip(), log)
+                if child.wait():
+                    self.heard(f"(ended with exit code {child.returncode})", log)
+            except BaseException:
+                child.kill()
+                raise
+            finally:
+                limit.cancel()
+        if child.returncode:
+            raise self.failure()
+
+    def heard(self, line: str, log: IO[str]) -> None:
+        """A line of pip's: progress goes to the caller, the rest to the log."""
+        if amount := re.fullmatch(r"Progress (\d+) of (\d+)", line):
+            self.say(self.package, int(amount[1]), int(amount[2]))
+            return
+        line = _CREDENTIALS.sub("****@", line)
+        log.write(line + "\n")
+        self.last.append(line)
+        if download := _DOWNLOADING.match(line):
+            self.package = download[1].replace("_", "-")
+            self.say(self.package)
+        elif line.startswith("Installing collected packages: "):
+            self.say(f"unpacking {line.count(',') + 1} packages")
+
+    def failure(self, why: str = "", fix: str = "", what: str = "") -> KleinctlError:
+        """The problem of a build that failed: the last lines that were printed, and where the others are."""
+        said = "\n".join([line for line in self.last if "ERROR" in line][-4:] or list(self.last)[-4:])
+        hint = next(
+            (hint for pattern, hint in _HINTS.items() if re.search(pattern, f"{why}\n{said}")), "kleinctl install"
+        )
+        return KleinctlError(
+            Problem(
+                what=what or f"the environment {self.plan.name} could not be built",
+                why=f"{why or said}\nAll of it: {self.log}",
+                fix=fix or hint,
+                name="install-failed",
+                path=str(self.log),
+            )
+        )
+
+
+def offered_build(packages: Mapping[str, str]) -> str:
+    """Which build of torch these packages make up: "cpu", "cu130" ..., by names and versions.
+
+    PyPI's torch has no "+cu130" after its version. For Windows it is the CPU build; for Linux it is one with CUDA and
+    asks for gigabytes of nvidia packages, whose versions the package cuda-toolkit sets.
+    """
+    versions = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in packages.items()}
+    tag = versions.get("torch", "").partition("+")[2]
+    toolkit = numbers(versions.get("cuda-toolkit", ""))
+    if tag:
+        return tag
+    if toolkit:
+        return "cu" + "".join(map(str, toolkit[:2]))
+    return "CUDA" if any(name.startswith("nvidia-") for name in versions) else "cpu"

@@ -1,0 +1,657 @@
+"""What a file is: reads headers, leaves the weights on disk."""
+
+from __future__ import annotations
+
+import math
+import re
+import stat
+import struct
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from kleinctl import header as formats
+from kleinctl.header import BadHeader, CutHeader, Header, Tensor
+from kleinctl.manifest import Model, Part
+from kleinctl.signatures import INPUTS, SIGNATURES, TITLES, Names, Signature
+from kleinctl.units import bytes_text
+
+__all__ = [
+    "Facts",
+    "Identity",
+    "LfsPointer",
+    "Lora",
+    "Signature",
+    "TextEncoder",
+    "Transformer",
+    "Vae",
+    "document",
+    "encoder_title",
+    "identify",
+    "title",
+]
+
+SCHEMA = "kleinctl.identify/1"
+
+#: Kinds of file whose header was read and agrees with the file's size.
+WHOLE = ("safetensors", "gguf")
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """A denoiser: width of its text input (three encoder layers side by side in FLUX.2), channels of its latents.
+
+    Blocks are counted in this file, which may be a shard. `scales` says how fp8 or fp4 scales are announced:
+    `metadata`, `comfy_quant`, `scaled_fp8`, `unmarked` (ComfyUI ignores such scales and paints noise), or None.
+    `model` is the manifest whose family this is.
+    """
+
+    path: Path
+    family: str
+    layout: str
+    dtype: str
+    model: str | None
+    text_width: int
+    image_channels: int
+    double_blocks: int
+    single_blocks: int
+    scales: str | None
+    shard: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A text encoder: `width` of its hidden states, and its layers in this file."""
+
+    path: Path
+    family: str
+    layout: str
+    dtype: str
+    width: int
+    layers: int
+    scales: str | None
+    shard: tuple[int, int] | None
+
+    @property
+    def title(self) -> str:
+        """`Qwen3 8B (4096 wide)`."""
+        return f"{title(self.family)} ({self.width} wide)"
+
+
+@dataclass(frozen=True)
+class Vae:
+    """An autoencoder. `statistics`: it has the batch-norm mean and variance that FLUX.2 latents are scaled by.
+
+    `decoder_width` is that of the decoder's first convolution: 512, or 384 in the small decoder.
+    """
+
+    path: Path
+    family: str
+    layout: str
+    dtype: str
+    latent_channels: int
+    decoder_width: int
+    statistics: bool
+    encoder: bool
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter. `hidden` is the width of the blocks it was made for; the last block numbers are None if untouched."""
+
+    path: Path
+    family: str
+    layout: str
+    dtype: str
+    rank: int | None
+    hidden: int | None
+    last_double: int | None
+    last_single: int | None
+
+
+@dataclass(frozen=True)
+class LfsPointer:
+    """The note that git leaves where a file should be: sha256 and size (bytes) of the file it stands for."""
+
+    path: Path
+    sha256: str
+    size: int
+
+
+Facts = Transformer | TextEncoder | Vae | Lora | LfsPointer
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a file is. `kind` is its format or what stands in its place; see docs for the values of each field.
+
+    A broken file keeps the role and family its header tells. `part` is `klein-4b/transformer` when the file has that
+    part's sha256, or its name and size. `saw` says in words what the verdict rests on.
+    """
+
+    path: Path
+    kind: str
+    saw: str
+    role: str = "unknown"
+    family: str = "unknown"
+    layout: str | None = None
+    dtype: str | None = None
+    size_bytes: int = 0
+    part: str | None = None
+    facts: Facts | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether this is a weights file as long as its header says."""
+        return self.kind in WHOLE
+
+    def to_json(self) -> dict[str, Any]:
+        """One entry of `files` in `identify --json`."""
+        entry = {key: getattr(self, key) for key in ("kind", "role", "family", "layout", "dtype", "size_bytes")}
+        part = {"part": self.part} if self.part else {}
+        return {"path": str(self.path), **entry, **part, "saw": self.saw}
+
+
+def document(identities: Iterable[Identity]) -> dict[str, Any]:
+    """What `identify --json` prints."""
+    return {"schema": SCHEMA, "files": [identity.to_json() for identity in identities]}
+
+
+def title(family: str) -> str:
+    """A family as people call it: `FLUX.2 [klein] 4B`."""
+    return TITLES.get(family, family)
+
+
+def encoder_title(width: int) -> str:
+    """The text encoder of a width, as klein's transformers want them: `Qwen3 4B (2560 wide)`."""
+    families = {1024: "qwen3-0.6b", 2048: "qwen3-1.7b", 2560: "qwen3-4b", 4096: "qwen3-8b", 5120: "mistral-small"}
+    return f"{title(families[width])} ({width} wide)" if width in families else f"a text encoder {width} wide"
+
+
+def identify(
+    path: Path, models: Sequence[Model] = (), sha256: str | None = None, signatures: Sequence[Signature] = ()
+) -> Identity:
+    """What the file at `path` is. Never raises for what the file holds, and reads its header at most.
+
+    `models` are searched for the part this is (by `sha256` where the caller has computed it, else by name and size);
+    `signatures` are tried before the built-in ones.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            what = "a folder; name a file in it" if stat.S_ISDIR(status.st_mode) else "no regular file"
+            return Identity(path, "unreadable", what)
+        with path.open("rb") as file:
+            return _Look(path, status.st_size, models, sha256, (*signatures, *SIGNATURES)).judge(file)
+    except OSError as error:
+        return Identity(path, "unreadable", f"cannot be read: {error.strerror or error}")
+
+
+_HEAD = 4096  # bytes looked at before a format is chosen
+
+
+class _Look:
+    """One file being looked at."""
+
+    def __init__(
+        self, path: Path, size: int, models: Sequence[Model], sha256: str | None, signatures: Sequence[Signature]
+    ) -> None:
+        self.path = path
+        self.size = size
+        self.models = models
+        self.signatures = signatures
+        self.part, self.remark = _find_part(path.name, size, sha256, models)
+
+    def judge(self, file: BinaryIO) -> Identity:
+        head = file.read(_HEAD)
+        file.seek(0)
+        if head.startswith(b"GGUF"):
+            return self.weights("gguf", file)
+        if _maybe_safetensors(head):
+            return self.weights("safetensors", file)
+        kind, saw, facts = _no_weights(self.path, head, self.size)
+        if kind == "json":
+            saw = _json_saw(file, self.size)
+        if facts:
+            stands_for, _ = _find_part("", 0, facts.sha256, self.models)
+            saw += f": {stands_for.ref}" if stands_for else ""
+        return self.identity(kind, saw, facts=facts)
+
+    def identity(self, kind: str, saw: str, **more: Any) -> Identity:
+        remarks = f"{saw}; {self.remark}" if self.remark else saw
+        return Identity(
+            self.path, kind, remarks, size_bytes=self.size, part=self.part.ref if self.part else None, **more
+        )
+
+    def weights(self, kind: str, file: BinaryIO) -> Identity:
+        """A file that starts as safetensors or GGUF do."""
+        try:
+            header = formats.read_gguf(file) if kind == "gguf" else formats.read_safetensors(file, self.size)
+        except CutHeader as error:
+            saw = f"a {kind} file that ends inside its header, at least {error.missing:,} bytes short"
+            return self.identity("truncated", saw)
+        except BadHeader as error:
+            return self.identity("other", f"a {kind} file whose header {error}")
+        found = self.content(header)
+        length = _length_remark(kind, header.end, self.size)
+        if length:
+            kind, found["saw"] = "truncated", f"{found['saw']}; {length}"
+        return self.identity(kind, **found)
+
+    def content(self, header: Header) -> dict[str, Any]:
+        """Role, family, facts and the rest that a header tells."""
+        dtype = _dtype(header.tensors) or "unknown"
+        listing = "\n".join(header.tensors)
+        if any(mark in listing for mark in _LORA_MARKS):
+            return _lora(self.path, header.tensors, dtype)
+        tensors, mixed = _plain_names(_packed_shapes(header.tensors), header.metadata)
+        names = Names(tensors)
+        for signature in self.signatures:
+            words = signature.match(names)
+            if words is not None:
+                break
+        else:
+            return {"saw": _unknown_saw(header.tensors), "dtype": dtype}
+        layout = signature.layout or _layout_by_name(self.path.name)
+        found = {"role": signature.role, "family": signature.family, "layout": layout, "dtype": dtype}
+        facts = self.facts(found, names, _scales(header))
+        remarks = [_fill(signature.saw, words), *_remarks(facts, variant_told=bool(self.part or self.remark))]
+        if mixed:
+            remarks.append("a whole checkpoint, with more than this one part in it")
+        return {**found, "facts": facts, "saw": "; ".join(remarks)}
+
+    def facts(self, found: Mapping[str, str], names: Names, scales: str | None) -> Facts | None:
+        """The numbers that pairing needs, where the header has them all."""
+        role, family = found["role"], found["family"]
+        common = {"path": self.path, **{key: found[key] for key in ("family", "layout", "dtype")}}
+        blocks = {"scales": scales, "shard": _shard(self.path.name)}
+        if role == "transformer":
+            model = self.part.model if self.part else next((m.name for m in self.models if m.family == family), None)
+            return _transformer(names, {**common, **blocks, "model": model})
+        if role == "text-encoder":
+            return _text_encoder(names, {**common, **blocks})
+        return _vae(names, common) if role == "vae" else None
+
+
+def _find_part(name: str, size: int, sha256: str | None, models: Sequence[Model]) -> tuple[Part | None, str]:
+    """The manifest part a file is, and a remark where name and size fit files of different content."""
+    parts = [part for model in models for part in model.parts]
+    if sha256:
+        return next((part for part in parts if part.sha256 == sha256), None), ""
+    near = [part for part in parts if part.size == size and part.name == name]
+    if len({part.sha256 for part in near}) > 1:
+        return None, f"as long as {' and '.join(part.ref for part in near)}: only the sha256 tells which"
+    return (near[0] if near else None), ""
+
+
+# What is there instead of weights.
+
+_SERVER_ANSWERS = (
+    b"access to model",
+    b"access to this resource",
+    b"cannot access gated",
+    b"entry not found",
+    b"not found",
+    b"repository not found",
+    b"revision not found",
+    b"invalid username or password",
+    b"invalid credentials",
+    b"unauthorized",
+    b"forbidden",
+    b"too many requests",
+    b"we had to rate limit",
+)
+_PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")
+
+
+def _maybe_safetensors(head: bytes) -> bool:
+    if len(head) < 8:
+        return False
+    (length,) = struct.unpack("<Q", head[:8])
+    return 2 <= length <= formats.MAX_JSON and head[8:9] in (b"{", b"")
+
+
+def _no_weights(path: Path, head: bytes, size: int) -> tuple[str, str, LfsPointer | None]:
+    """Kind, words and facts of a file that starts like no weights."""
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    lower = text[:64].lower()
+    if not head:
+        return "empty", "empty: 0 bytes", None
+    if text.startswith(b"version https://git-lfs"):
+        return _lfs_pointer(path, text)
+    if lower.startswith(_PAGES):
+        return "web-page", f"a web page saved in place of the file: {_quoted(text)}", None
+    if lower.startswith(_SERVER_ANSWERS):
+        return "web-page", f"a server's answer saved in place of the file: {_quoted(text)}", None
+    if text.startswith((b"{", b"[")):
+        return "json", "JSON", None
+    if head.startswith(b"PK"):
+        return "pickle", "a zip archive, as PyTorch's .ckpt and .pth are; not opened, for pickles can run code", None
+    if head[0] == 0x80 and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return "pickle", "a Python pickle (.ckpt, .pth, .bin); not opened, for pickles can run code", None
+    if not head.strip(b"\0"):
+        return "zeros", f"zeros from the start: {bytes_text(size)} reserved by a download that did not happen", None
+    if len(head) < 8:
+        return "truncated", f"{len(head)} bytes: too short for any weights file", None
+    if re.fullmatch(rb"[\t\n\r -~]+", text[:200]):
+        return "other", f"text, no weights: {_quoted(text)}", None
+    return "other", f"no format that holds weights; it starts with {head[:8].hex(' ')}", None
+
+
+def _quoted(text: bytes) -> str:
+    words = " ".join(text[:300].decode("utf-8", "replace").split())
+    plain = "".join(char for char in words if char.isprintable())
+    return repr(plain if len(plain) <= 80 else plain[:77] + "...")
+
+
+def _lfs_pointer(path: Path, text: bytes) -> tuple[str, str, LfsPointer | None]:
+    found = re.search(rb"oid sha256:([0-9a-f]{64})\s+size (\d{1,18})\s", text + b"\n")
+    if not found:
+        return "lfs-pointer", "a git-LFS pointer that names no file", None
+    pointer = LfsPointer(path, found[1].decode(), int(found[2]))
+    return "lfs-pointer", f"a git-LFS pointer to {bytes_text(pointer.size)}, sha256 {pointer.sha256[:12]}…", pointer
+
+
+def _json_saw(file: BinaryIO, size: int) -> str:
+    """What a JSON file is about: an error, a configuration, an index of shards."""
+    try:
+        value = formats.json_object(file.read(2**22)) if size <= 2**22 else {}
+    except BadHeader as error:
+        return f"JSON that {error}"
+    if "error" in value:
+        return f"a server's error saved in place of the file: {_quoted(str(value['error']).encode())}"
+    if isinstance(value.get("weight_map"), dict):
+        return f"JSON: index of {len({str(shard) for shard in value['weight_map'].values()})} shards"
+    about = value.get("_class_name") or value.get("architectures")
+    return f"JSON: configuration of {_quoted(str(about).encode())[1:-1]}" if about else "JSON, no weights"
+
+
+# What a header says.
+
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.")
+_WHOLE_PREFIX = re.compile(r"(?:vae|net|module|params(?:_ema)?|transformer|text_encoders?\.[\w.]+?\.transformer)\.")
+_GGUF_NAMES = {
+    "token_embd.": "model.embed_tokens.",
+    "enc.blk.": "encoder.block.",
+    ".ffn_up.": ".layer.1.DenseReluDense.wi_1.",
+    "blk.": "model.layers.",
+    "output.weight": "lm_head.weight",
+    ".attn_q.": ".self_attn.q_proj.",
+    ".attn_q_norm.": ".self_attn.q_norm.",
+    ".ffn_gate.": ".mlp.gate_proj.",
+    ".ffn_norm.": ".post_attention_layernorm.",
+}
+
+
+def _packed_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Shapes as the layers have them: 4-bit weights lie two to a byte."""
+    return {
+        name: tensor._replace(shape=(*tensor.shape[:-1], 2 * tensor.shape[-1]))
+        if tensor.dtype == "U8" and tensor.shape and f"{name}_scale" in tensors
+        else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _plain_names(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> tuple[dict[str, Tensor], bool]:
+    """Tensors by the names signatures use, and whether the file holds more than these."""
+    for prefix in _PREFIXES:
+        inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        if inside:
+            return inside, len(inside) < len(tensors)
+    common = _WHOLE_PREFIX.match(next(iter(tensors), ""))
+    if common and all(name.startswith(common[0]) for name in tensors):
+        return {name.removeprefix(common[0]): tensor for name, tensor in tensors.items()}, False
+    if "token_embd.weight" in tensors:
+        vision = "vl" in str(metadata.get("general.architecture"))
+        return {_llama_cpp_name(name, vision): tensor for name, tensor in tensors.items()}, False
+    return dict(tensors), False
+
+
+def _llama_cpp_name(name: str, vision: bool) -> str:
+    """llama.cpp's tensor names as transformers has them (its `gguf-py/gguf/tensor_mapping.py`)."""
+    for short, long in _GGUF_NAMES.items():
+        if short == ".ffn_up." and not name.startswith("encoder."):
+            continue
+        if name.startswith(short) or (short.startswith(".") and short in name):
+            name = name.replace(short, long, 1)
+    return name.replace("model.layers.", "model.language_model.layers.", 1) if vision else name
+
+
+_DTYPES = {
+    "BF16": "bf16",
+    "F16": "fp16",
+    "F32": "fp32",
+    "F64": "fp64",
+    "F8_E4M3": "fp8",
+    "F8_E5M2": "fp8-e5m2",
+    "I8": "int8",
+}
+
+
+def _dtype(tensors: Mapping[str, Tensor]) -> str | None:
+    """What most of the bytes are: `bf16`, `fp8`, `nvfp4`, or a GGUF type such as `Q4_K`."""
+    totals: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        packed = tensor.dtype == "U8" and f"{name}_scale" in tensors
+        dtype = "nvfp4" if packed else _DTYPES.get(tensor.dtype, tensor.dtype)
+        totals[dtype] += tensor.nbytes if tensor.nbytes is not None else math.prod(tensor.shape)
+    return totals.most_common(1)[0][0] if totals else None
+
+
+def _scales(header: Header) -> str | None:
+    names = header.tensors
+    if "_quantization_metadata" in header.metadata:
+        return "metadata"
+    if any(name.endswith(".comfy_quant") for name in names):
+        return "comfy_quant"
+    if any(name.endswith("scaled_fp8") for name in names):
+        return "scaled_fp8"
+    return "unmarked" if any(name.endswith((".weight_scale", ".scale_weight")) for name in names) else None
+
+
+def _shard(name: str) -> tuple[int, int] | None:
+    found = re.search(r"-(\d{5})-of-(\d{5})\.", name)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _layout_by_name(name: str) -> str:
+    """transformers saves `model.safetensors` and `model-00001-of-00002.safetensors`; other names are one file's own."""
+    return "diffusers" if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", name) else "single-file"
+
+
+def _length_remark(kind: str, wanted: int | None, found: int) -> str:
+    if wanted is None or wanted == found or (kind == "gguf" and found > wanted):  # GGUF data may be padded
+        return ""
+    if found < wanted:
+        return f"cut short: {wanted - found:,} of {wanted:,} bytes are missing"
+    return f"{found - wanted:,} bytes too long: {wanted:,} wanted"
+
+
+def _fill(saw: str, words: Mapping[str, int]) -> str:
+    return re.sub(r"\{(\w+)\}", lambda word: str(words.get(word[1], word[0])), saw)
+
+
+def _unknown_saw(tensors: Mapping[str, Tensor]) -> str:
+    if not tensors:
+        return "no tensors"
+    largest = sorted(tensors.items(), key=lambda item: -math.prod(item[1].shape))[:3]
+    shown = ", ".join(f"{name[:60]} {list(tensor.shape)}" for name, tensor in largest)
+    return f"{len(tensors)} tensors of a model that is not known here; the largest: {shown}"
+
+
+_TEXT_INPUT = ("txt_in.weight", "context_embedder.weight", "cap_embedder.1.weight")
+_IMAGE_INPUT = ("img_in.weight", "x_embedder.weight", "all_x_embedder.2-1.weight")
+
+
+def _transformer(names: Names, common: Mapping[str, Any]) -> Transformer | None:
+    usual = INPUTS.get(common["family"], (None, None))  # a shard may lack the inputs
+    text_width = names.axis(1, *_TEXT_INPUT) or usual[0]
+    image_channels = names.axis(1, *_IMAGE_INPUT) or usual[1]
+    if text_width is None or image_channels is None:
+        return None
+    return Transformer(
+        **common,
+        text_width=text_width,
+        image_channels=image_channels,
+        double_blocks=names.blocks("double_blocks.", "transformer_blocks."),
+        single_blocks=names.blocks("single_blocks.", "single_transformer_blocks."),
+    )
+
+
+def _text_encoder(names: Names, common: Mapping[str, Any]) -> TextEncoder | None:
+    layers = ("model.layers.", "model.language_model.layers.", "encoder.block.", "text_model.encoder.layers.")
+    width = names.axis(
+        -1,
+        "model.embed_tokens.weight",
+        "model.language_model.embed_tokens.weight",
+        "shared.weight",
+        "lm_head.weight",
+        "model.layers.*.post_attention_layernorm.weight",
+        "model.layers.*.mlp.gate_proj.weight",
+        "model.language_model.layers.*.mlp.gate_proj.weight",
+        "encoder.block.*.layer.1.DenseReluDense.wi_1.weight",
+        "text_model.encoder.layers.*.mlp.fc1.weight",
+    )
+    return TextEncoder(**common, width=width, layers=names.blocks(*layers)) if width else None
+
+
+def _vae(names: Names, common: Mapping[str, Any]) -> Vae | None:
+    first = ("decoder.conv_in.weight", "decoder.conv1.weight")
+    width, channels = names.axis(0, *first), names.axis(1, *first)
+    if width is None or channels is None:
+        return None
+    return Vae(
+        **common,
+        latent_channels=channels,
+        decoder_width=width,
+        statistics="bn.running_mean" in names.tensors,
+        encoder=any(name.startswith("encoder.") for name in names.tensors),
+    )
+
+
+def _remarks(facts: Facts | None, variant_told: bool) -> list[str]:
+    """What is worth saying beside the family."""
+    remarks = []
+    if isinstance(facts, Transformer):
+        if facts.double_blocks or facts.single_blocks:
+            remarks.append(f"{facts.double_blocks} + {facts.single_blocks} blocks")
+        if facts.family in ("flux2-klein-4b", "flux2-klein-9b") and not variant_told:
+            remarks.append("base and distilled look alike")
+    if isinstance(facts, TextEncoder) and facts.layers:
+        remarks.append(f"{facts.layers} layers")
+    if isinstance(facts, Vae):
+        if not facts.encoder:
+            remarks.append("decoder only, so it cannot read pictures for an edit")
+        if facts.family == "flux2-vae" and facts.decoder_width == 384:
+            remarks.append("small decoder")
+    if isinstance(facts, (Transformer, TextEncoder)):
+        if facts.scales == "unmarked":
+            remarks.append("its scales are not announced, and ComfyUI would ignore them")
+        if facts.shard:
+            remarks.append(f"shard {facts.shard[0]} of {facts.shard[1]}")
+    return remarks
+
+
+# Adapters.
+
+_LORA_MARKS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", ".lokr_w", ".hada_w")
+_LORA_NAME = re.compile(
+    r"(.+)\.(lora_A|lora_down|lora\.down|lora_B|lora_up|lora\.up|lokr_w[12](?:_[ab])?|hada_w[12]_[ab])(?:\.[\w.]*weight)?"
+)
+_LORA_BLOCK = re.compile(r"(single_)?(?:double_)?(?:transformer_)?blocks[._](\d{1,4})[._]")
+# Layers whose width, in hidden widths, differs between FLUX.1 and FLUX.2 (no biases, shared modulation, gated MLP of
+# ratio 3): end of the layer's name, 0 for its outputs or 1 for its inputs, and what each ratio means.
+_LORA_TELLS: tuple[tuple[str, int, dict[int, str]], ...] = (
+    ("single_blocks_linear1", 0, {9: "flux2", 7: "flux1"}),
+    ("single_blocks_linear2", 1, {4: "flux2", 5: "flux1"}),
+    ("mlp_0", 0, {6: "flux2", 4: "flux1"}),
+    ("mlp_2", 1, {3: "flux2", 4: "flux1"}),
+    ("to_qkv_mlp_proj", 0, {9: "flux2"}),
+    ("linear_in", 0, {6: "flux2"}),
+    ("linear_out", 1, {3: "flux2"}),
+    ("net_0_proj", 0, {4: "flux1"}),
+    ("proj_mlp", 0, {4: "flux1"}),
+)
+_FLUX2_BY_WIDTH = {3072: "flux2-klein-4b", 4096: "flux2-klein-9b", 6144: "flux2-dev"}
+_UNET_WORDS = ("down_blocks", "up_blocks", "input_blocks", "output_blocks")
+_KLEIN_4B_LAST = (4, 19)  # its highest double and single block; FLUX.1, as wide, has 18 and 37
+
+
+def _lora(path: Path, tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Any]:
+    layers, rank = _lora_layers(tensors)
+    blocks = {name: found for name in layers if (found := _LORA_BLOCK.search(name + "."))}
+    if any(word in name for name in layers for word in _UNET_WORDS):
+        blocks = {}
+    last_double = max((int(found[2]) for found in blocks.values() if not found[1]), default=None)
+    last_single = max((int(found[2]) for found in blocks.values() if found[1]), default=None)
+    hidden = min((min(layers[name]) for name in blocks), default=None)
+    family = _lora_family(layers, hidden, last_double, last_single)
+    layout = "diffusers" if any("transformer_blocks" in name for name in layers) else "single-file"
+    facts = Lora(path, family, layout, dtype, rank, hidden, last_double, last_single)
+    return {"saw": _lora_saw(facts), "role": "lora", "family": family, "layout": layout, "dtype": dtype, "facts": facts}
+
+
+def _lora_layers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[int, int]], int | None]:
+    """Outputs and inputs of each adapted layer, and the usual rank. A LoKr's are products of its two factors."""
+    pieces: dict[str, dict[str, tuple[int, ...]]] = {}
+    ranks: Counter[int] = Counter()
+    for name, tensor in tensors.items():
+        found = _LORA_NAME.fullmatch(name)
+        if found and len(tensor.shape) >= 2:
+            kind = found[2].replace("lora.", "lora_").replace("_A", "_down").replace("_B", "_up")
+            pieces.setdefault(found[1], {})[kind] = tensor.shape
+            if kind == "lora_down":
+                ranks[tensor.shape[0]] += 1
+    layers = {}
+    for layer, shapes in pieces.items():
+        one, two = _factor(shapes, "lokr_w1"), _factor(shapes, "lokr_w2")
+        if "lora_down" in shapes and "lora_up" in shapes:
+            layers[layer] = (shapes["lora_up"][0], shapes["lora_down"][1])
+        elif one and two:
+            layers[layer] = (one[0] * two[0], one[1] * two[1])
+        elif "hada_w1_a" in shapes and "hada_w1_b" in shapes:
+            layers[layer] = (shapes["hada_w1_a"][0], shapes["hada_w1_b"][1])
+    return layers, ranks.most_common(1)[0][0] if ranks else None
+
+
+def _factor(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, int] | None:
+    whole, a, b = shapes.get(name), shapes.get(f"{name}_a"), shapes.get(f"{name}_b")
+    return (whole[0], whole[1]) if whole else (a[0], b[1]) if a and b else None
+
+
+def _lora_family(
+    layers: Mapping[str, tuple[int, int]], hidden: int | None, last_double: int | None, last_single: int | None
+) -> str:
+    if not hidden:
+        return "unknown"
+    for name, shape in layers.items():
+        flat = re.sub(r"[._]\d+(?=[._](?:linear|proj))", "", name).replace(".", "_")
+        for end, axis, meaning in _LORA_TELLS:
+            if flat.endswith(end) and shape[axis] % hidden == 0 and (kin := meaning.get(shape[axis] // hidden)):
+                return "flux1" if kin == "flux1" else _FLUX2_BY_WIDTH.get(hidden, "flux2-other")
+    if hidden in (4096, 6144):
+        return _FLUX2_BY_WIDTH[hidden]
+    if hidden == 3072:
+        last = (last_double if last_double is not None else -1, last_single if last_single is not None else -1)
+        if last[0] > _KLEIN_4B_LAST[0] or last[1] > _KLEIN_4B_LAST[1]:
+            return "flux1"
+        if last[0] == _KLEIN_4B_LAST[0] or last[1] == _KLEIN_4B_LAST[1]:
+            return "flux2-klein-4b"
+    return "unknown"
+
+
+def _lora_saw(lora: Lora) -> str:
+    about = f"LoRA of rank {lora.rank}" if lora.rank else "LoRA"
+    if lora.family != "unknown":
+        about += f" for {title(lora.family)}"
+    elif lora.hidden == 3072:
+        about += " for FLUX.1 or FLUX.2 [klein] 4B (the layers it changes are as wide in both)"
+    else:
+        about += " for a model that is not known here"
+    reach = [f"{lora.hidden} wide"] if lora.hidden else []
+    reach += [f"double blocks up to {lora.last_double}"] if lora.last_double is not None else []
+    reach += [f"single blocks up to {lora.last_single}"] if lora.last_single is not None else []
+    return f"{', '.join(reach)}: {about}" if reach else about

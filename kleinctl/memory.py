@@ -1,0 +1,148 @@
+"""What a model needs of memory and time: arithmetic on manifest numbers, and a few measured constants.
+
+Measured means: full-size FLUX.2 [klein] 4B, bf16, diffusers 0.42.1, on an H100 (docs/measurements.md). Other models are
+scaled from it by their widths. Sizes are bytes, times seconds, pictures pixels.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kleinctl.units import GIB, gib
+
+if TYPE_CHECKING:
+    from kleinctl.backends import Job
+    from kleinctl.hardware import Gpu, Hardware
+    from kleinctl.manifest import Model
+
+#: CUDA context and libraries of one process, before any tensor: 0.45 GiB (published 0.3-0.5).
+CONTEXT_BYTES = int(0.45 * GIB)
+#: VRAM kept free for the desktop and for fragmentation.
+RESERVE_BYTES = int(0.25 * GIB)
+#: RAM of a worker that has imported torch, diffusers and transformers (measured 0.36 GiB) and started CUDA.
+PROCESS_BYTES = int(1.4 * GIB)
+#: Seconds to start Python and import torch, diffusers and transformers (measured 7-8 s on two slow cores).
+IMPORT_SECONDS = 7.0
+#: Bytes per second read from the page cache into VRAM (measured: 6 GB in 1.1 s), and assumed of an NVMe disk when cold.
+CACHED_READ_RATE, DISK_READ_RATE = 5.5e9, 2.0e9
+
+#: Activations in GiB by pixels, measured: VAE decode, and denoising on top of the transformer's weights.
+DECODE_GIB = ((512**2, 0.6), (1024**2, 2.4), (1536**2, 5.3), (2048**2, 9.5), (3072**2, 21.0))
+DENOISE_GIB = ((512**2, 0.2), (1024**2, 0.6), (1536**2, 1.2), (2048**2, 2.1), (3072**2, 4.6))
+#: Encoding 512 tokens on top of the text encoder's weights: 0.24 GiB with logits, 0.1 without.
+ENCODE_BYTES = int(0.3 * GIB)
+
+#: Share of the card's bf16 peak that large matrix products reach, and that the VAE's convolutions reach.
+MATMUL_SHARE, CONVOLUTION_SHARE = 0.85, 0.4
+#: Bytes that element-wise kernels move per token, block and unit of width: the rest of a step's measured time.
+PASSES = 141 * 2
+#: FLOP of a VAE decode per pixel at 128 channels: 10.47 TFLOP at 1024 x 1024.
+DECODE_FLOP_PER_PIXEL = 10.47e12 / 1024**2
+#: What one CPU core does of fp32 arithmetic in such models, FLOP a second; and memory bandwidth, bytes a second.
+CPU_FLOPS, CPU_BANDWIDTH = 2.5e10, 8e9
+
+KLEIN_4B_WIDTH, KLEIN_VAE_CHANNELS = 3072, 128
+TEXT_TOKENS = 512
+MAX_REFERENCE_PIXELS = 1024**2  # the pipeline scales larger reference pictures down to this
+
+
+def _interpolate(points: Sequence[tuple[int, float]], pixels: int) -> float:
+    """Linear between measured points, and on through the last two beyond them; proportional below the first."""
+    if pixels <= points[0][0]:
+        return points[0][1] * pixels / points[0][0]
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if pixels <= x1 or x1 == points[-1][0]:
+            return y0 + (y1 - y0) * (pixels - x0) / (x1 - x0)
+    raise AssertionError("points are never empty")
+
+
+def decode_bytes(model: Model, job: Job) -> int:
+    """Activations of an untiled VAE decode, in bytes, without the VAE's weights."""
+    return int(_interpolate(DECODE_GIB, job.width * job.height) * GIB * model.shape.vae_channels / KLEIN_VAE_CHANNELS)
+
+
+def denoise_bytes(model: Model, job: Job) -> int:
+    """Activations of one denoising step, in bytes, without the transformer's weights.
+
+    Each reference picture of an edit adds its own tokens, at most one megapixel of them.
+    """
+    pixels = job.width * job.height + len(job.images) * MAX_REFERENCE_PIXELS
+    return int(_interpolate(DENOISE_GIB, pixels) * GIB * transformer_width(model) / KLEIN_4B_WIDTH)
+
+
+def transformer_width(model: Model) -> int:
+    """Width of the transformer's hidden states."""
+    return model.shape.heads * model.shape.head_dim
+
+
+def text_encoder_bytes(model: Model) -> int:
+    """Weights of the text encoder cut to the layers that are read, with its embedding table."""
+    shape = model.shape
+    return min(shape.text_encoder_bytes, shape.text_embedding_bytes + shape.text_layers_read * shape.text_layer_bytes)
+
+
+def weight_bytes(model: Model) -> int:
+    """All weights of the model, uncut."""
+    return model.shape.transformer_bytes + model.shape.text_encoder_bytes + model.shape.vae_bytes
+
+
+def step_flop(model: Model, job: Job) -> float:
+    """FLOP of one forward of the transformer.
+
+    A token meets 13 h² weights in each block (a single block's linear1 is 9 h², linear2 4 h²; a double block's
+    image and text halves are as large each), and attention costs 4 T² h. Gives 34.8 TFLOP for klein 4B at 1024 x 1024.
+    """
+    h = transformer_width(model)
+    tokens = _tokens(job)
+    return (model.shape.double_blocks + model.shape.single_blocks) * (26 * h * h * tokens + 4 * tokens * tokens * h)
+
+
+def _tokens(job: Job) -> int:
+    return TEXT_TOKENS + job.width * job.height // 256 + len(job.images) * MAX_REFERENCE_PIXELS // 256
+
+
+def forwards(model: Model, job: Job) -> int:
+    """Forwards of the transformer for one picture: two a step where guidance is used (base models)."""
+    return job.steps * (2 if job.guidance > 1 and model.variant == "base" else 1)
+
+
+def compute_seconds(model: Model, hardware: Hardware, job: Job) -> float:
+    """Arithmetic of one picture with every weight in place: encode, denoise, decode."""
+    gpu = hardware.gpu if "cuda" in model.devices else None
+    if gpu is None:
+        flops, bandwidth, convolutions = CPU_FLOPS * hardware.cpu_count, CPU_BANDWIDTH, CPU_FLOPS * hardware.cpu_count
+    else:
+        peak, bandwidth = gpu.performance.tflops * 1e12, gpu.performance.memory_gb_s * 1e9
+        flops, convolutions = peak * MATMUL_SHARE, peak * CONVOLUTION_SHARE
+    moved = PASSES * transformer_width(model) * _tokens(job) * (model.shape.double_blocks + model.shape.single_blocks)
+    step = step_flop(model, job) / flops + moved / bandwidth
+    scale = (model.shape.vae_channels / KLEIN_VAE_CHANNELS) ** 2
+    decode = DECODE_FLOP_PER_PIXEL * job.width * job.height * scale / convolutions
+    encode = 2 * TEXT_TOKENS * model.shape.text_layers * model.shape.text_layer_bytes / 2 / flops
+    return encode + forwards(model, job) * step + decode
+
+
+def usable_vram(gpu: Gpu) -> int:
+    """VRAM that a job may take now: what is free, less the reserve."""
+    return max(0, gpu.vram_free_bytes - RESERVE_BYTES)
+
+
+def read_seconds(count: int, hardware: Hardware, *, warm: bool) -> float:
+    """Seconds to read `count` bytes of weights; from the page cache when `warm` and RAM can hold them."""
+    return count / (
+        CACHED_READ_RATE if warm and hardware.ram_available_bytes > count + PROCESS_BYTES else DISK_READ_RATE
+    )
+
+
+def lacking(model: Model, hardware: Hardware, *, vram_bytes: int, ram_bytes: int) -> str | None:
+    """Why a job with these peaks does not fit this machine, in one sentence; None where it does."""
+    gpu = hardware.gpu
+    if "cpu" not in model.devices and gpu is None:
+        return f"{model.name} needs an NVIDIA card, and none was found."
+    if gpu is not None and vram_bytes > usable_vram(gpu):
+        return f"It needs {gib(vram_bytes)} of VRAM; {gib(usable_vram(gpu))} of {gib(gpu.vram_bytes)} can be used."
+    if ram_bytes > hardware.ram_available_bytes:
+        return f"It needs {gib(ram_bytes)} of RAM; {gib(hardware.ram_available_bytes)} are available."
+    return None

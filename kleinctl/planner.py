@@ -1,0 +1,112 @@
+"""Compares backends by their fit, and says which would run and why each other would not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from kleinctl.backends import Fit, Job
+from kleinctl.problem import Problem
+from kleinctl.units import gib, seconds_text
+
+if TYPE_CHECKING:
+    from kleinctl.hardware import Hardware
+    from kleinctl.manifest import Model
+    from kleinctl.plugins import Offer
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A backend and a model on one machine: the fit, and what is in the way."""
+
+    backend: str
+    model: str
+    fit: Fit
+    problem: Problem | None = None
+
+    @property
+    def runs(self) -> bool:
+        """Whether it would work here."""
+        return self.fit.fits and self.problem is None
+
+    @property
+    def why_not(self) -> str | None:
+        """What is in the way, in one sentence."""
+        if self.problem is not None:
+            return f"{self.problem.what}: {self.problem.why}"
+        return self.fit.why_not
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What would run, and why it and not another."""
+
+    candidate: Candidate
+    why: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The choice as it stands in `doctor --json`."""
+        return {
+            "backend": self.candidate.backend,
+            "model": self.candidate.model,
+            "fit": self.candidate.fit.to_json(),
+            "why": self.why,
+        }
+
+
+def default_job(model: Model, **changes: Any) -> Job:
+    """The job a bare `kleinctl run` would be, for predictions."""
+    defaults = model.defaults
+    job = Job("", defaults.width, defaults.height, 0, defaults.steps, defaults.guidance)
+    return replace(job, **changes)
+
+
+def compare(offers: Iterable[Offer], model: Model, hardware: Hardware, job: Job) -> list[Candidate]:
+    """A candidate for every backend that has the model's files in its layout, the fastest that runs first.
+
+    Reads no file and starts nothing.
+    """
+    found = []
+    for offer in offers:
+        backend = offer.thing
+        if not model.parts_for(backend.layout):
+            continue
+        try:
+            candidate = Candidate(
+                backend.name, model.name, backend.fit(model, hardware, job), backend.health(hardware, None)
+            )
+        except Exception as error:  # a stranger's arithmetic must not take doctor down
+            problem = Problem(
+                f"{backend.name} cannot say what it needs",
+                f"{type(error).__name__}: {error}",
+                f"kleinctl plugins --disable {offer.plugin}",
+                name="plugin-failed",
+                severity="warning",
+            )
+            candidate = Candidate(backend.name, model.name, Fit(0, 0, 0, 0, 0, False, "unknown"), problem)
+        found.append(candidate)
+    return sorted(found, key=lambda each: (not each.runs, each.fit.seconds_next, each.fit.seconds_first))
+
+
+def choose(candidates: Sequence[Candidate]) -> Choice | None:
+    """The fastest candidate that runs, among those of one model."""
+    running = [each for each in candidates if each.runs]
+    if not running:
+        return None
+    best, rest = running[0], running[1:]
+    takes = f"{memory_text(best.fit)}, about {seconds_text(best.fit.seconds_next)} a picture"
+    why = f"{best.backend} ({best.fit.strategy}) takes {takes}"
+    if rest and rest[0].fit.seconds_next > best.fit.seconds_next * 1.05:
+        why += f"; {rest[0].backend} would take {seconds_text(rest[0].fit.seconds_next)}"
+    elif rest:
+        why += f"; {rest[0].backend} would be as fast"
+    elif len(candidates) > 1:
+        why += "; nothing else fits here"
+    return Choice(best, why + ".")
+
+
+def memory_text(fit: Fit) -> str:
+    """Peaks for people: `13.9 GiB of VRAM and 1.4 GiB of RAM`."""
+    ram = f"{gib(fit.ram_bytes)} of RAM"
+    return f"{gib(fit.vram_bytes)} of VRAM and {ram}" if fit.vram_bytes else ram

@@ -1,0 +1,119 @@
+"""The record inside a picture, and the way back from it to the job."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kleinctl import __version__
+from kleinctl.backends import Job
+from kleinctl.pngtext import read_text
+from kleinctl.problem import KleinctlError, Misuse, Problem
+
+RECORD_SCHEMA = "kleinctl.record/1"
+#: What a record may ask for: it may come from a stranger.
+MAX_SIDE, MAX_STEPS, MAX_GUIDANCE, MAX_SEED = 2**14, 1000, 100.0, 2**64 - 1
+
+
+def read_record(png: Path) -> dict[str, Any]:
+    """The record in a picture that kleinctl made.
+
+    Raises:
+        KleinctlError: it cannot be read, is no PNG, is damaged, or has none.
+    """
+    text = read_text(png).get("kleinctl")
+    if text is None:
+        raise _no_record(
+            png, "It is a PNG, but says nothing of how it was made; programs that edit pictures drop that."
+        )
+    try:
+        record = json.loads(text)
+        schema = record["schema"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise _no_record(png, "What it says of how it was made is damaged.") from None
+    if schema != RECORD_SCHEMA:
+        raise _no_record(
+            png, f"Its record is a {str(schema)[:40]!r}; this kleinctl ({__version__}) reads {RECORD_SCHEMA}."
+        )
+    return record
+
+
+def _no_record(png: Path, why: str) -> KleinctlError:
+    fix = "give a picture as kleinctl wrote it"
+    return KleinctlError(Problem(f"{png.name} has no record", why, fix, name="record-missing", path=str(png)))
+
+
+def job_from_record(record: Mapping[str, Any], images: Sequence[Path] = ()) -> Job:
+    """The job of a record. `images` are the reference pictures it was made from, in their order.
+
+    Raises:
+        KleinctlError: the record is damaged, or `images` are not those pictures.
+    """
+    try:
+        job = Job(
+            prompt=_checked(record["prompt"], str),
+            width=_checked(record["width"], int, 16, MAX_SIDE),
+            height=_checked(record["height"], int, 16, MAX_SIDE),
+            seed=_checked(record["seed"], int, 0, MAX_SEED),
+            steps=_checked(record["steps"], int, 1, MAX_STEPS),
+            guidance=float(_checked(record["guidance"], (int, float), 0, MAX_GUIDANCE)),
+            images=tuple(images),
+        )
+        wanted = [(str(each["name"]), str(each["sha256"])) for each in record["images"]]
+        if job.width % 16 or job.height % 16:
+            raise ValueError(f"{job.width}x{job.height}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise KleinctlError(
+            Problem(
+                "the record of the picture is damaged",
+                f"{error.args[0] if error.args else error} is missing or is not what it can be.",
+                "give a picture as kleinctl wrote it",
+                name="record-damaged",
+            )
+        ) from None
+    _check_references(wanted, images)
+    return job
+
+
+def _checked(value: Any, kind: Any, least: float = -math.inf, most: float = math.inf) -> Any:
+    good = isinstance(value, kind) and not isinstance(value, bool)
+    if not good or (not isinstance(value, str) and not least <= value <= most):
+        raise ValueError(repr(value)[:60])
+    return value
+
+
+def _check_references(wanted: Sequence[tuple[str, str]], images: Sequence[Path]) -> None:
+    if len(wanted) != len(images):
+        names = " ".join(f"--image {name}" for name, _ in wanted)
+        raise Misuse(
+            Problem(
+                f"the picture was made from {len(wanted)} reference pictures",
+                f"A record holds their names and sha256, not the pictures; {len(images)} were given.",
+                names or "leave --image out",
+                name="references-missing",
+            )
+        )
+    for (name, digest), path in zip(wanted, images, strict=True):
+        if sha256(path) != digest:
+            raise KleinctlError(
+                Problem(
+                    f"{path.name} is not the reference picture {name}",
+                    f"The picture was made from one with sha256 {digest[:12]}…; this file has another.",
+                    f"--image {name}",
+                    name="reference-differs",
+                    path=str(path),
+                )
+            )
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+        return digest.hexdigest()

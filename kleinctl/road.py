@@ -1,0 +1,217 @@
+"""The road from a machine to a picture, one function a stretch: choose, files, environment, pictures.
+
+What `up`, `install` and `run` share. Nothing is printed here; progress goes to callbacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kleinctl import environment as environments
+from kleinctl import generate, install, memory, store
+from kleinctl.backends import Budget, Job
+from kleinctl.environment import Environment
+from kleinctl.planner import Candidate, choose, compare, default_job
+from kleinctl.problem import KleinctlError, Misuse, Problem
+from kleinctl.units import bytes_text
+
+if TYPE_CHECKING:
+    from kleinctl.hardware import Hardware
+    from kleinctl.manifest import Model
+    from kleinctl.plugins import Offer, Plugins
+
+#: Sides of squares that are tried, in pixels, when a picture does not fit and a smaller one is to be named.
+SMALLER_SIDES = (3072, 2048, 1536, 1280, 1024, 896, 768, 512, 256)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A model and the backend that would run it here."""
+
+    model: Model
+    offer: Offer
+    candidate: Candidate
+
+    @property
+    def backend(self) -> Any:
+        """The plugin's backend."""
+        return self.offer.thing
+
+
+def ways(
+    plugins: Plugins, models: Sequence[Model], backend: str | None, hardware: Hardware, changes: Mapping[str, Any]
+) -> list[Way]:
+    """The best way for each model that runs here, in the order of the models.
+
+    Raises:
+        Misuse: there is no such backend.
+    """
+    offers = [plugins.backend(backend)] if backend else list(plugins.backends.values())
+    found = []
+    for model in models:
+        choice = choose(compare(offers, model, hardware, default_job(model, **changes)))
+        if choice:
+            found.append(Way(model, plugins.backends[choice.candidate.backend], choice.candidate))
+    return found
+
+
+def no_way(
+    plugins: Plugins, model: Model, backend: str | None, hardware: Hardware, changes: Mapping[str, Any]
+) -> KleinctlError:
+    """Why `model` does not run here, with the figures and what would."""
+    offers = [plugins.backend(backend)] if backend else list(plugins.backends.values())
+    job = default_job(model, **changes)
+    candidates = compare(offers, model, hardware, job)
+    if not candidates:
+        return KleinctlError(
+            Problem(
+                f"{backend or 'no backend'} cannot run {model.name}",
+                f"Its files come for {', '.join(sorted({layout for part in model.parts for layout in part.to}))}.",
+                "kleinctl plugins",
+                name="no-backend",
+            )
+        )
+    smaller = next(
+        (
+            side
+            for side in SMALLER_SIDES
+            if side * side < job.width * job.height and _fits(offers, model, hardware, job, side)
+        ),
+        None,
+    )
+    closest = min(candidates, key=lambda each: (each.problem is not None, each.fit.vram_bytes, each.fit.ram_bytes))
+    size = f" at {job.width}x{job.height}" if smaller else ""
+    return KleinctlError(
+        Problem(
+            f"{model.name} does not fit this machine{size}",
+            closest.why_not or "",
+            f"--size {smaller}x{smaller}" if smaller else "kleinctl plan",
+            name="does-not-fit",
+        )
+    )
+
+
+def _fits(offers: Sequence[Offer], model: Model, hardware: Hardware, job: Job, side: int) -> bool:
+    return choose(compare(offers, model, hardware, replace(job, width=side, height=side))) is not None
+
+
+def is_installed(way: Way) -> bool:
+    """Whether every part is in its place with the right size. Hashes nothing."""
+    stamps = store.Stamps()
+    for part in way.model.parts_for(way.backend.layout):
+        target = store.destination(way.model.name, way.backend.layout, part)
+        if store.state(target, way.model.accepted(part, way.backend.layout), stamps) not in ("verified", "unchecked"):
+            return False
+    return True
+
+
+def files(way: Way, **choices: Any) -> install.InstallPlan:
+    """What has to be fetched for `way`; see `install.plan_files`."""
+    return install.plan_files(way.model, way.backend.layout, **choices)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model will run: the environment (None: to be built, by `plan`) and the device."""
+
+    environment: Environment | None
+    device: str
+
+    @property
+    def cuda(self) -> bool:
+        """Whether it runs on a card."""
+        return self.device != "cpu"
+
+
+def place(way: Way, hardware: Hardware) -> Place:
+    """The environment and device for `way`: the card where the model and an environment can use it, else the CPU.
+
+    A model that also runs on the CPU does not have gigabytes of CUDA packages fetched for it.
+    """
+    requires, model = way.backend.requires, way.model
+    if hardware.gpu is not None and "cuda" in model.devices:
+        found = environments.find(requires, hardware, cuda=True)
+        if found or "cpu" not in model.devices:
+            return Place(found, "cuda:0")
+    return Place(environments.find(requires, hardware, cuda=False), "cpu")
+
+
+def plan_environment(way: Way, where: Place, hardware: Hardware) -> environments.EnvironmentPlan:
+    """The managed environment to build for `way`.
+
+    Raises:
+        KleinctlError: there is no torch for this machine.
+    """
+    return environments.plan(way.backend.requires, hardware, where.cuda)
+
+
+def budget(where: Place, hardware: Hardware) -> Budget:
+    """What the job may use now."""
+    vram = memory.usable_vram(hardware.gpu) if where.cuda and hardware.gpu is not None else 0
+    return Budget(vram, hardware.ram_available_bytes, where.device)
+
+
+def check_prompt(prompt: str) -> str:
+    """The prompt, when there is one.
+
+    Raises:
+        Misuse: it is empty.
+    """
+    if prompt.strip():
+        return prompt
+    raise Misuse(
+        Problem(
+            "the prompt is empty",
+            "It has to say what is to be seen.",
+            'kleinctl run "a red circle"',
+            name="prompt-empty",
+        )
+    )
+
+
+def pictures(
+    way: Way,
+    environment: Environment,
+    where: Place,
+    hardware: Hardware,
+    jobs: Sequence[Job],
+    outputs: Sequence[Path],
+    on_event: generate.OnEvent,
+    executor: Any = None,
+) -> generate.Result:
+    """Make the pictures of `jobs` in a worker; see `generate.run`.
+
+    Raises:
+        KleinctlError: something cannot work, or failed.
+    """
+    parts = {part.id: part.sha256 or "unknown" for part in way.model.parts_for(way.backend.layout)}
+    request = generate.Request(
+        model=way.model,
+        folder=store.model_folder(way.model.name, way.backend.layout),
+        backend=way.backend.name,
+        plugin=way.offer.module,
+        python=environment.python,
+        budget=budget(where, hardware),
+        jobs=tuple(jobs),
+        outputs=tuple(outputs),
+        parts=parts,
+        gpu=hardware.gpu.cuda_id if where.cuda and hardware.gpu is not None else None,
+    )
+    return generate.run(request, on_event, executor)
+
+
+def not_installed(way: Way) -> KleinctlError:
+    """The problem of a model that is asked to run and is not here."""
+    size = bytes_text(way.model.bytes(way.backend.layout))
+    folder = store.model_folder(way.model.name, way.backend.layout)
+    return KleinctlError(
+        Problem(
+            f"{way.model.name} is not installed",
+            f"Its files for {way.backend.name} ({size}) are not all in {folder}.",
+            f"kleinctl install --model {way.model.name} --backend {way.backend.name}",
+            name="model-not-installed",
+        )
+    )

@@ -1,0 +1,88 @@
+"""Bytes, seconds and pixel sizes: read from what people type, written for people to read."""
+
+from __future__ import annotations
+
+import re
+
+from kleinctl.problem import Misuse, Problem
+
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+_FACTORS = {
+    "": 1,
+    "b": 1,
+    "kib": KIB,
+    "mib": MIB,
+    "gib": GIB,
+    "tib": 2**40,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "k": KIB,
+    "m": MIB,
+    "g": GIB,
+}
+
+
+def parse_bytes(text: str) -> int:
+    """`12GiB`, `12 GB`, `12.5g` or a plain number, in bytes.
+
+    Raises:
+        Misuse: `text` is no amount of memory.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match and match[2].lower() in _FACTORS:
+        return int(float(match[1]) * _FACTORS[match[2].lower()])
+    raise Misuse(Problem(f"{text!r} is no amount of memory", "A number and a unit are wanted.", "try 12GiB or 8GB"))
+
+
+def gib(count: float) -> str:
+    """Memory as cards and RAM are sold: `15.6 GiB`."""
+    return f"{count / GIB:.1f} GiB"
+
+
+def bytes_text(count: float) -> str:
+    """File sizes as hubs and disks show them: `7.75 GB`, `168 MB`, `446 B`."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            value = count / factor
+            return (
+                f"{value:.2f} {unit}" if value < 10 else f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
+            )
+    return f"{int(count)} B"
+
+
+def seconds_text(seconds: float) -> str:
+    """`0.6 s`, `48 s`, `3 min 20 s`, `1 h 5 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`1024x768` (or `1024` for a square) as width and height in pixels.
+
+    Raises:
+        Misuse: it is no size, or a side is no multiple of 16 (latents are 1/16 of the picture, in whole numbers).
+    """
+    match = re.fullmatch(r"(\d{1,5})(?:[xX×*](\d{1,5}))?", text.strip())
+    if not match:
+        raise Misuse(
+            Problem(f"{text!r} is no picture size", "Width and height in pixels are wanted.", "--size 1024x768")
+        )
+    width, height = int(match[1]), int(match[2] or match[1])
+    if width % 16 or height % 16 or not width or not height:
+        near = f"{max(16, round(width / 16) * 16)}x{max(16, round(height / 16) * 16)}"
+        raise Misuse(
+            Problem(
+                f"{width}x{height} cannot be drawn",
+                "Each side has to be a multiple of 16 pixels (the model works on 16-pixel squares).",
+                f"--size {near}",
+            )
+        )
+    return width, height

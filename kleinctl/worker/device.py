@@ -1,0 +1,112 @@
+"""The device a job runs on: its name, its limit, and how much of it this process has used at most."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from kleinctl.backends import Budget
+from kleinctl.memory import CONTEXT_BYTES
+from kleinctl.units import GIB
+
+#: More than this is no CUDA context but another program that has started meanwhile.
+MOST_CONTEXT_BYTES = GIB
+
+
+class Device:
+    """A processor without memory of its own."""
+
+    name = "cpu"
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+
+    def peak_vram(self) -> tuple[int, str]:
+        """Most bytes of VRAM that this process has held, and how that is known."""
+        return 0, "none"
+
+
+class Cuda(Device):
+    """An NVIDIA card, with this process held to its budget."""
+
+    def __init__(self, budget: Budget) -> None:
+        import torch
+
+        self._cuda: Any = torch.cuda
+        self._device = torch.device(budget.device)
+        properties = torch.cuda.get_device_properties(self._device)
+        self.name = properties.name
+        self._uuid = str(getattr(properties, "uuid", ""))
+        self._used_before = nvml_used_bytes(self._uuid)
+        # What the planner counts for the CUDA context comes off, for torch's limit is on tensors alone.
+        share = max(0, budget.vram_bytes - CONTEXT_BYTES) / properties.total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), self._device)
+
+    def synchronize(self) -> None:
+        self._cuda.synchronize(self._device)
+
+    def peak_vram(self) -> tuple[int, str]:
+        """Torch's peak, and the CUDA context on top: what the card has lost since the start beyond torch's own."""
+        peak = self._cuda.max_memory_reserved(self._device)
+        used = nvml_used_bytes(self._uuid)
+        if used is not None and self._used_before is not None:
+            context = used - self._used_before - self._cuda.memory_reserved(self._device)
+            if 0 < context < MOST_CONTEXT_BYTES:
+                return peak + context, "torch, and the CUDA context by NVML"
+        return peak + CONTEXT_BYTES, "torch, and an assumed CUDA context"
+
+
+def open_device(budget: Budget) -> Device:
+    """The device that `budget` names, its limit set. Imports torch for a card alone."""
+    return Cuda(budget) if budget.device.startswith("cuda") else Device()
+
+
+class _Memory(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_ulonglong) for name in ("total", "free", "used")]  # nvmlMemory_t
+
+
+def nvml_used_bytes(uuid: str) -> int | None:
+    """Bytes in use on the card, by every process; None where the driver does not say."""
+    with contextlib.suppress(OSError, AttributeError):
+        nvml = ctypes.CDLL("nvml.dll" if os.name == "nt" else "libnvidia-ml.so.1")
+        handle, memory = ctypes.c_void_p(), _Memory()
+        if (
+            nvml.nvmlInit_v2() == 0
+            and nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode(), ctypes.byref(handle)) == 0
+            and nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0
+        ):
+            return memory.used
+    return None
+
+
+def peak_rss_bytes() -> int:
+    """Most bytes of RAM that this process has held, memory-mapped files included."""
+    if sys.platform == "linux":  # ru_maxrss would count the process that started this one
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+    if sys.platform == "win32":
+        return _peak_working_set()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def _peak_working_set() -> int:
+    class Counters(ctypes.Structure):  # PROCESS_MEMORY_COUNTERS
+        _fields_ = [
+            ("cb", ctypes.c_uint32),
+            ("faults", ctypes.c_uint32),
+            *((name, ctypes.c_size_t) for name in ("peak", "size", "a", "b", "c", "d", "pagefile", "peak_pagefile")),
+        ]
+
+    counters = Counters(cb=ctypes.sizeof(Counters))
+    kernel32 = ctypes.WinDLL("kernel32")  # type: ignore[attr-defined]
+    kernel32.GetCurrentProcess.restype = ctypes.c_void_p
+    process = ctypes.c_void_p(kernel32.GetCurrentProcess())
+    if not kernel32.K32GetProcessMemoryInfo(process, ctypes.byref(counters), counters.cb):
+        return 0
+    return counters.peak

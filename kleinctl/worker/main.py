@@ -1,0 +1,280 @@
+"""The worker's side: answers requests with one backend, and measures what a picture took."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import io
+import json
+import os
+import platform
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from kleinctl import __version__
+from kleinctl.backends import InstalledModel, Job
+from kleinctl.pngtext import plain_text, utf8_text, with_chunks
+from kleinctl.problem import KleinctlError, Problem
+from kleinctl.worker import die_with_parent, protocol
+from kleinctl.worker.device import Device, open_device, peak_rss_bytes
+from kleinctl.worker.protocol import Close, Failed, Generate, Hello, Load, Loaded, Made, Message, Progress
+
+#: Packages whose versions go into a picture's record.
+RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "pillow")
+#: Progress of one stage is sent this often at most, in seconds.
+PROGRESS_SECONDS = 0.05
+
+
+def serve(requests: BinaryIO, replies: BinaryIO, *, die_with_control: bool) -> None:
+    """Answer requests until the control process closes the worker, or is gone."""
+    if die_with_control:
+        die_with_parent()
+    line = Line(requests, replies)
+    line.send(Hello(protocol.PROTOCOL, __version__, os.getpid()))
+    worker = Worker(line)
+    while not isinstance(request := line.receive(), Close):
+        line.send(worker.answer(request))
+    worker.close()
+
+
+class Line:
+    """The pipes to the control process. When it ends, so does this process, whatever it is doing."""
+
+    def __init__(self, requests: BinaryIO, replies: BinaryIO) -> None:
+        self._requests, self._replies = requests, replies
+        self._arrived: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._sending = threading.Lock()
+        self.partial: Path | None = None
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def send(self, message: Message) -> None:
+        with self._sending:
+            self._replies.write(protocol.encode(message))
+            self._replies.flush()
+
+    def receive(self) -> Message | None:
+        return self._arrived.get()
+
+    def _listen(self) -> None:
+        for text in self._requests:
+            message = protocol.decode(text)
+            self._arrived.put(message)
+            if isinstance(message, Close):
+                return
+        if self.partial is not None:
+            self.partial.unlink(missing_ok=True)
+        if os.name == "posix" and os.getpgrp() == os.getpid():
+            os.killpg(os.getpid(), signal.SIGKILL)  # what the backend has started goes as well
+        os._exit(1)
+
+
+class Stopwatch:
+    """The `progress` that a backend calls: passes it on, and adds up the seconds of each stage.
+
+    What is done before the first call counts for the first stage. `synchronize` waits for the GPU, so that a stage is
+    charged with the work it queued.
+    """
+
+    def __init__(self, send: Callable[[Progress], None], synchronize: Callable[[], None], stage: str = "") -> None:
+        self._send, self._synchronize = send, synchronize
+        self.stage = stage
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+        self._sent = 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        changed = stage != self.stage
+        if changed:
+            if self.stage:
+                self.stop()
+            self.stage = stage
+        now = time.monotonic()
+        if changed or done >= total or now - self._sent >= PROGRESS_SECONDS:
+            self._sent = now
+            self._send(Progress(str(stage), int(done), int(total)))
+
+    def stop(self) -> dict[str, float]:
+        """Seconds by stage until now."""
+        self._synchronize()
+        now = time.perf_counter()
+        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + now - self._since
+        self._since = now
+        return self.seconds
+
+
+class Worker:
+    """One backend with one model."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+        self._watch = Stopwatch(line.send, lambda: None)
+        self._device = Device()
+        self._session: Any = None
+        self._loaded: Loaded | None = None
+
+    def answer(self, request: Message | None) -> Message:
+        """The reply to one request; whatever goes wrong becomes a `Failed`, its traceback goes to the log."""
+        try:
+            if isinstance(request, Load):
+                return self.load(request)
+            if isinstance(request, Generate):
+                return self.generate(request)
+            raise ValueError("the worker was asked something it does not know")
+        except KleinctlError as error:
+            traceback.print_exc()
+            return Failed(type(error).__name__, str(error), self._watch.stage, error.problem)
+        except Exception as error:
+            traceback.print_exc()
+            return Failed(_type_name(error), str(error)[:4000], self._watch.stage)
+
+    def load(self, request: Load) -> Loaded:
+        """Import the plugin and load the model."""
+        self._watch = Stopwatch(self._line.send, lambda: self._device.synchronize(), "load")
+        backend = _backend(request.plugin, request.backend)
+        self._device = open_device(request.budget)
+        session = backend.load(InstalledModel(request.model, request.folder), request.budget)
+        self._session = session
+        self._loaded = Loaded(
+            strategy=session.strategy,
+            dtype=getattr(session, "dtype", request.model.dtype),
+            device=self._device.name,
+            versions=versions(),
+            seconds=self._watch.stop(),
+            warnings=self._new_warnings(),
+        )
+        return self._loaded
+
+    def generate(self, request: Generate) -> Made:
+        """Make one picture and write it, whole or not at all."""
+        if self._loaded is None:
+            raise ValueError("the worker was asked for a picture before a model was loaded")
+        self._watch = Stopwatch(self._line.send, self._device.synchronize)
+        for path in request.job.images:
+            _decode_reference(path)
+        image = self._session.generate(request.job, self._watch).convert("RGB")
+        self._watch("save", 0, 1)
+        warnings = (*self._new_warnings(), *_remarks(image, request.job))
+        record = {
+            **request.record,
+            "strategy": self._session.strategy,
+            "dtype": self._loaded.dtype,
+            "device": self._loaded.device,
+            "versions": self._loaded.versions,
+            "warnings": [*self._loaded.warnings, *warnings],
+        }
+        self._line.partial = request.partial
+        digest = write_png(image, record, request.partial, request.output)
+        self._line.partial = None
+        peak, source = self._device.peak_vram()
+        return Made(
+            sha256=digest,
+            pixels_sha256=hashlib.sha256(image.tobytes()).hexdigest(),
+            record=record,
+            seconds=self._watch.stop(),
+            peak_vram_bytes=peak,
+            peak_vram_source=source,
+            peak_rss_bytes=peak_rss_bytes(),
+            warnings=warnings,
+        )
+
+    def close(self) -> None:
+        """Free what the session holds."""
+        if self._session is not None:
+            self._session.close()
+
+    def _new_warnings(self) -> tuple[str, ...]:
+        """What the session has put into its `warnings`, if it has such a list; it is emptied."""
+        warnings = getattr(self._session, "warnings", None)
+        if not warnings:
+            return ()
+        taken = tuple(map(str, warnings))
+        warnings.clear()
+        return taken
+
+
+def _backend(plugin: str, name: str) -> Any:
+    for backend in importlib.import_module(plugin).kleinctl_backends():
+        if name in (backend.name, *backend.aliases):
+            return backend
+    raise LookupError(f"the plugin {plugin} offers no backend named {name}")
+
+
+def _type_name(error: BaseException) -> str:
+    kind = type(error)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _decode_reference(path: Path) -> None:
+    """Read a reference picture once to the end, so that a damaged one is named before any work is done for it."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise KleinctlError(
+            Problem(
+                f"{path.name} cannot be used as a reference picture",
+                f"It starts like a picture, but cannot be decoded: {error}.",
+                "save it again as PNG and give that",
+                name="reference-damaged",
+                path=str(path),
+            )
+        ) from None
+
+
+def _remarks(image: Any, job: Job) -> list[str]:
+    """What is odd about a finished picture."""
+    remarks = []
+    if image.size != (job.width, job.height):
+        remarks.append(f"the picture is {image.width}x{image.height}; {job.width}x{job.height} was asked for")
+    if all(low == high for low, high in image.getextrema()):
+        remarks.append("the picture is one single colour, as when the model computes with broken numbers (NaN)")
+    return remarks
+
+
+def write_png(image: Any, record: Mapping[str, Any], partial: Path, output: Path) -> str:
+    """Write `image` with its record to `partial`, then rename to `output`. The sha256 of the file.
+
+    The record holds no times, so the same job on the same machine gives the same file, byte for byte.
+    """
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=4)  # level 6 takes up to three times as long and saves nothing
+    png = with_chunks(
+        buffer.getvalue(),
+        plain_text("Description", record["prompt"]),
+        plain_text("Software", f"kleinctl {__version__}"),
+        utf8_text("kleinctl", json.dumps(record, ensure_ascii=False)),
+    )
+    try:
+        with partial.open("wb") as file:
+            file.write(png)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(output)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    return hashlib.sha256(png).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, kleinctl and the packages that decide what a picture looks like."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"kleinctl": __version__, "python": platform.python_version()}
+    for package in RECORDED_PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    if "torch" in sys.modules:
+        found["torch"] = str(sys.modules["torch"].__version__)  # with the build it is of, as +cu130
+    return found

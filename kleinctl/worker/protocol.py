@@ -1,0 +1,171 @@
+"""What control process and worker say to each other: one JSON object a line, on the worker's stdin and stdout.
+
+The control process writes a `Setup`, then requests (`Load`, `Generate`, `Close`). The worker says `Hello`, then answers
+each request with any number of `Progress` and one `Loaded`, `Made` or `Failed`. `"is"` names the message; what it
+carries are the fields of the dataclass of that name. Whoever changes a message changes the number in `PROTOCOL`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from kleinctl.backends import Budget, Job
+from kleinctl.manifest import Model
+from kleinctl.problem import Problem
+
+PROTOCOL = "kleinctl.worker/1"
+#: Longest line in bytes: prompts and records are far below.
+MAX_LINE_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where to import from: for each top-level module its `origin` (a file) and `folders`. Read by bootstrap.py."""
+
+    protocol: str
+    modules: dict[str, dict[str, Any]]
+    #: Whether the kernel may kill the worker when the thread that started it ends.
+    die_with_control: bool
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The worker's first words."""
+
+    protocol: str
+    kleinctl: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """Load `model`, whose parts lie in `folder`, with a backend of the module `plugin`."""
+
+    plugin: str
+    backend: str
+    model: Model
+    folder: Path
+    budget: Budget
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model is loaded. `device` is the card's name or `cpu`; `versions` of Python and the packages that matter."""
+
+    strategy: str
+    dtype: str
+    device: str
+    versions: dict[str, str]
+    seconds: dict[str, float]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Make the picture of `job`. It is written to `partial`, and renamed to `output` when it is whole.
+
+    `record` is what the control process knows of how it was made; the worker adds what it knows.
+    """
+
+    job: Job
+    output: Path
+    partial: Path
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A picture is written. Seconds are by stage; peaks are the worker's, from its start until now.
+
+    `sha256` is of the file, `pixels_sha256` of its rows of RGB bytes.
+    """
+
+    sha256: str
+    pixels_sha256: str
+    record: dict[str, Any]
+    seconds: dict[str, float]
+    peak_vram_bytes: int
+    peak_vram_source: str
+    peak_rss_bytes: int
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A request failed, and the worker lives. The traceback is in its log. `problem` is set where a backend said it."""
+
+    error: str
+    message: str
+    stage: str
+    problem: Problem | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`done` of `total` in a stage: `load`, `encode`, `denoise`, `decode`, `save`."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Close:
+    """Free everything and end."""
+
+
+Request = Load | Generate | Close
+Reply = Hello | Loaded | Made | Failed | Progress
+Message = Request | Reply
+
+_MESSAGES = {kind.__name__: kind for kind in (Hello, Load, Loaded, Generate, Made, Failed, Progress, Close)}
+
+
+def encode(message: Message) -> bytes:
+    """One line for the pipe."""
+    return json.dumps({"is": type(message).__name__, **pack(message)}).encode() + b"\n"
+
+
+def decode(line: bytes) -> Message | None:
+    """The message in `line`; None where it is none, such as a line that something printed before the worker began."""
+    try:
+        data = json.loads(line)
+        return unpack(_MESSAGES[data.pop("is")], data)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def pack(thing: Any) -> Any:
+    """Dataclasses, mappings, sequences and paths as JSON has them."""
+    if is_dataclass(thing):
+        return {field.name: pack(getattr(thing, field.name)) for field in fields(thing)}
+    if isinstance(thing, Mapping):
+        return {key: pack(value) for key, value in thing.items()}
+    if isinstance(thing, (list, tuple)):
+        return [pack(value) for value in thing]
+    return str(thing) if isinstance(thing, Path) else thing
+
+
+def unpack(kind: Any, data: Any) -> Any:
+    """What `pack` made of a `kind`, by its type annotations.
+
+    Raises:
+        TypeError, LookupError: the data are of another shape.
+    """
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{key: unpack(hints[key], data[key]) for key in data.keys() & hints.keys()})  # type: ignore[operator]
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return None if data is None else unpack(next(each for each in inner if each is not type(None)), data)
+    if origin is tuple:
+        kinds = [inner[0]] * len(data) if inner[-1] is Ellipsis else inner
+        return tuple(unpack(each, value) for each, value in zip(kinds, data, strict=True))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return {key: unpack(inner[1], value) for key, value in data.items()}
+    return Path(data) if kind is Path else data

@@ -1,0 +1,57 @@
+"""What both diffusers backends need of a `Flux2KleinPipeline`: reference pictures, stage marks, prompt length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kleinctl import Job, KleinctlError, Problem
+
+#: Ranges that were tried; the pipeline came with diffusers 0.37, reliable editing with 0.38.
+REQUIRES = (
+    "torch>=2.8",
+    "diffusers>=0.40,<0.43",
+    "transformers>=5.0,<6",
+    "accelerate>=1.10,<2",
+    "safetensors>=0.6",
+    "pillow>=11",
+)
+
+
+def open_references(paths: Sequence[Path]) -> list[Any] | None:
+    """The reference pictures as RGB, or None for text to image.
+
+    Raises:
+        KleinctlError: one cannot be decoded.
+    """
+    from PIL import Image
+
+    pictures = []
+    for path in paths:
+        try:
+            with Image.open(path) as picture:
+                pictures.append(picture.convert("RGB"))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            why = f"Pillow says: {error}."
+            raise KleinctlError(
+                Problem(f"{path} is no picture that can be read", why, "save it again as PNG", name="bad-reference")
+            ) from None
+    return pictures or None
+
+
+def too_long(tokenizer: Any, job: Job, limit: int) -> list[str]:
+    """A warning where the prompt, with its chat template, is longer than the `limit` tokens that are read."""
+    message = [{"role": "user", "content": job.prompt}]
+    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    count = len(tokenizer(text)["input_ids"])
+    if count <= limit:
+        return []
+    return [f"the prompt is {count} tokens long; the model reads {limit}, so its end has no effect"]
+
+
+def generator(seed: int, device: str) -> Any:
+    """The noise source the model card uses: a generator on the device that denoises."""
+    import torch
+
+    return torch.Generator(device=device).manual_seed(seed)

@@ -1,0 +1,189 @@
+"""The commands as they are typed, well and badly."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from kleinctl.cli import COMMANDS
+from kleinctl.cli import group as cli_group
+from tests.conftest import REPOSITORY
+
+SCHEMAS = Path(importlib.import_module("kleinctl").__file__).parent / "schemas"
+
+
+def conforms(text: str) -> dict:
+    """The one JSON document in `text`, checked against the schema it names."""
+    document = json.loads(text)
+    name = document["schema"].removeprefix("kleinctl.").removesuffix("/1")
+    jsonschema.validate(document, json.loads((SCHEMAS / f"{name}.json").read_text()))
+    return document
+
+
+def test_help_lists_every_command_with_its_own_words(kleinctl):
+    answer = kleinctl("--help")
+    assert answer.exit_code == 0
+    for name, line in COMMANDS.items():
+        command = cli_group.get_command(None, name)
+        assert command.short_help == line
+        assert command.name == name
+        assert line.split(":")[0][:40] in answer.stdout
+    files = {path.stem for path in (REPOSITORY / "kleinctl" / "cli").glob("*.py")} - {
+        "__init__",
+        "output",
+        "options",
+        "progress",
+        "steps",
+    }
+    assert files == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_explains_itself(name, kleinctl):
+    answer = kleinctl(name, "--help")
+    assert answer.exit_code == 0
+    assert answer.stdout.startswith(f"Usage: kleinctl {name}")
+
+
+@pytest.mark.parametrize("command", [["--help"], ["doctor"], ["doctor", "--json"], ["plan"], ["models"], ["plugins"]])
+def test_the_control_process_never_imports_torch(command):
+    code = (
+        "import sys; sys.argv = ['kleinctl', *sys.argv[1:]]\n"
+        "from kleinctl.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'accelerate', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_misspelled_command_gets_the_nearest_one_and_exit_code_2(kleinctl):
+    answer = kleinctl("docter")
+    assert (answer.exit_code, answer.stdout) == (2, "")
+    assert "There is no command 'docter'. Did you mean doctor?" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("plan", "--gpu", "RTX 4070 Ti SUPPER"), "RTX 4070 Ti SUPER"),
+        (("plan", "--model", "klein-4"), "Did you mean klein-4b?"),
+        (("plan", "--backend", "diffuser"), "Did you mean diffusers?"),
+        (("plan", "--size", "1000x1000"), "--size 992x992"),
+        (("doctor", "--vram-limit", "lots"), "is no amount of memory"),
+        (("doctor", "--colour"), "No such option"),
+        (("run", "a cat", "--steps", "0"), "--steps"),
+        (("run",), "prompt"),
+    ],
+)
+def test_what_is_typed_wrongly_is_one_clear_error(arguments, words, kleinctl):
+    answer = kleinctl(*arguments)
+    assert (answer.exit_code, answer.stdout) == (2, "")
+    assert words in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_an_error_under_json_is_still_one_document(kleinctl):
+    answer = kleinctl("plan", "--model", "klein-4", "--json")
+    assert answer.exit_code == 2
+    assert conforms(answer.stdout)["problem"]["name"] == "unknown-model"
+
+
+def test_json_documents_match_their_schemas(kleinctl):
+    for arguments in (["doctor"], ["plan"], ["plan", "--gpu", "RTX 5090", "--ram", "64"], ["models"], ["plugins"]):
+        answer = kleinctl(*arguments, "--json")
+        assert answer.exit_code in (0, 1), answer.stderr
+        conforms(answer.stdout)
+
+
+def test_plan_answers_for_a_machine_that_is_not_here(kleinctl):
+    document = conforms(kleinctl("plan", "--gpu", "RTX 4070 Ti SUPER", "--ram", "32", "--json").stdout)
+    assert document["hardware"]["gpus"][0]["arch"] == "sm_89"
+    assert document["choice"]["model"] == "klein-4b"
+    rows = {(row["backend"], row["width"]): row for row in document["rows"] if row["model"] == "klein-4b"}
+    assert set(rows) == {(b, side) for b in ("diffusers-offload", "staged-decode") for side in (512, 1024, 1536, 2048)}
+    text = kleinctl("plan", "--gpu", "RTX 4070 Ti SUPER", "--ram", "32").stdout
+    assert "RTX 4070 Ti SUPER" in text
+    assert "1024x1024" in text
+
+
+def test_doctor_without_a_card_names_the_small_model_and_says_what_is_missing(kleinctl, monkeypatch):
+    answer = kleinctl("doctor", "--json", CUDA_VISIBLE_DEVICES="")
+    document = conforms(answer.stdout)
+    if document["hardware"]["gpus"]:
+        pytest.skip("this machine has a card")
+    assert answer.exit_code == 0
+    assert document["choice"]["model"] == "klein-tiny"
+    whys = [each["why_not"] for each in document["alternatives"] if each["model"] == "klein-4b"]
+    assert whys == ["klein-4b needs an NVIDIA card, and none was found."] * len(whys) != []
+
+
+def test_strict_makes_a_warning_exit_with_1(kleinctl):
+    if json.loads(kleinctl("doctor", "--json").stdout)["hardware"]["gpus"]:
+        pytest.skip("this machine has a card")
+    assert kleinctl("doctor").exit_code == 0
+    assert kleinctl("doctor", "--strict").exit_code == 1
+
+
+def test_a_pipe_that_closes_early_is_no_crash(tmp_path):
+    line = f"{sys.executable} -m kleinctl models --json | head -c 10"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in done.stderr
+
+
+def test_output_without_colour_when_it_is_piped(kleinctl):
+    assert "\x1b[" not in kleinctl("doctor").stdout
+
+
+def test_a_console_that_lacks_characters_shows_something_all_the_same(kleinctl):
+    answer = kleinctl("doctor", PYTHONIOENCODING="cp437")
+    assert answer.exit_code in (0, 1)
+    assert "Traceback" not in answer.stderr
+
+
+def test_a_broken_config_file_is_named(kleinctl, empty_home):
+    folder = empty_home / "kleinctl"
+    folder.mkdir()
+    (folder / "config.toml").write_text("[run\n")
+    answer = kleinctl("doctor")
+    assert answer.exit_code == 1
+    assert "config.toml is no valid TOML" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_defaults_of_options_come_from_the_config_file(kleinctl, empty_home):
+    folder = empty_home / "kleinctl"
+    folder.mkdir()
+    (folder / "config.toml").write_text('[plan]\nbackend = "staged"\ngpu = "RTX 3090"\n')
+    document = conforms(kleinctl("plan", "--json").stdout)
+    assert {row["backend"] for row in document["rows"]} == {"staged-decode"}
+    assert "3090" in document["hardware"]["gpus"][0]["name"]
+
+
+def test_a_broken_manifest_is_one_problem_that_names_file_line_and_key(kleinctl, empty_home):
+    folder = empty_home / "kleinctl" / "manifests"
+    folder.mkdir(parents=True)
+    source = (REPOSITORY / "manifests" / "klein-4b.toml").read_text()
+    (folder / "mine.toml").write_text(source.replace('dtype = "bfloat16"', 'dtipe = "bfloat16"', 1))
+    answer = kleinctl("doctor", "--json")
+    assert answer.exit_code == 1
+    [problem] = [p for p in json.loads(answer.stdout)["problems"] if p["name"] == "manifest-invalid"]
+    assert problem["path"].endswith("mine.toml")
+    line = next(n for n, text in enumerate(source.splitlines(), 1) if text.startswith("dtype ="))
+    assert f"line {line}: dtipe: unknown key. Did you mean dtype?" in problem["why"]
+
+
+def test_completion_of_the_shell_in_use(kleinctl):
+    answer = kleinctl("completion", SHELL="/usr/bin/zsh")
+    assert answer.stdout.strip() == 'eval "$(_KLEINCTL_COMPLETE=zsh_source kleinctl)"'
+    names = kleinctl(_KLEINCTL_COMPLETE="bash_complete", COMP_WORDS="kleinctl pl", COMP_CWORD="1").stdout
+    assert {line.split(",")[-1] for line in names.splitlines()} == {"plan", "plugins"}

@@ -1,0 +1,702 @@
+"""What files are: right ones, mixed-up ones, broken ones, and the words a user reads about each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import struct
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kleinctl.identify import (
+    Identity,
+    LfsPointer,
+    Lora,
+    Signature,
+    TextEncoder,
+    Transformer,
+    Vae,
+    document,
+    encoder_title,
+    identify,
+)
+from kleinctl.manifest import Model, load
+from tests import weights
+from tests.conftest import REPOSITORY
+from tests.weights import FLUX2_DEV, KLEIN_4B, KLEIN_9B, QWEN3_06B, QWEN3_4B, QWEN3_8B
+
+jsonschema = pytest.importorskip("jsonschema")
+
+
+@pytest.fixture(scope="module")
+def models() -> list[Model]:
+    names = ("klein-4b", "klein-base-4b", "klein-9b", "klein-base-9b")
+    return [load(REPOSITORY / "manifests" / f"{name}.toml") for name in names]
+
+
+def brief(found: Identity) -> tuple[str, str, str, str | None, str | None]:
+    return found.kind, found.role, found.family, found.layout, found.dtype
+
+
+def shard(shapes: weights.Shapes, word: str) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in shapes.items() if word in name}
+
+
+TRANSFORMERS = {
+    "flux-2-klein-4b": (weights.flux2(**KLEIN_4B), "flux2-klein-4b", "single-file"),
+    "a checkpoint's prefix": (
+        {f"model.diffusion_model.{name}": shape for name, shape in weights.flux2(**KLEIN_4B).items()},
+        "flux2-klein-4b",
+        "single-file",
+    ),
+    "diffusers klein 4B": (weights.flux2_diffusers(**KLEIN_4B), "flux2-klein-4b", "diffusers"),
+    "klein 9B": (weights.flux2(**KLEIN_9B), "flux2-klein-9b", "single-file"),
+    "diffusers klein 9B": (weights.flux2_diffusers(**KLEIN_9B), "flux2-klein-9b", "diffusers"),
+    "9B, blocks only": (shard(weights.flux2_diffusers(**KLEIN_9B), "single_tr"), "flux2-klein-9b", "diffusers"),
+    "9B, double only": (shard(weights.flux2_diffusers(**KLEIN_9B), ".ff."), "flux2-klein-9b", "diffusers"),
+    "dev": (weights.flux2(**FLUX2_DEV), "flux2-dev", "single-file"),
+    "a miniature": (weights.flux2_diffusers(160, 192, 2, 4, head=32), "flux2-other", "diffusers"),
+    "a miniature for ComfyUI": (weights.flux2(256, 768, 1, 1), "flux2-other", "single-file"),
+    "FLUX.1": (weights.flux1(), "flux1", "single-file"),
+    "FLUX.1, blocks only": (shard(weights.flux1(), "single_blocks"), "flux1", "single-file"),
+    "diffusers FLUX.1": (weights.flux1_diffusers(), "flux1", "diffusers"),
+    "Chroma": ({**weights.flux1(), "distilled_guidance_layer.in_proj.weight": (5120, 64)}, "chroma", "single-file"),
+    "Z-Image": ({"cap_embedder.1.weight": (3840, 2560), "x_embedder.weight": (3840, 64)}, "z-image", "single-file"),
+    "diffusers Z-Image": (
+        {"cap_embedder.1.weight": (3840, 2560), "all_x_embedder.2-1.weight": (3840, 64)},
+        "z-image",
+        "diffusers",
+    ),
+    "the least that tells": ({"txt_in.weight": (3072, 7680)}, "flux2-klein-4b", "single-file"),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers(tmp_path, name):
+    shapes, family, layout = TRANSFORMERS[name]
+    found = identify(weights.write(tmp_path / "weights.safetensors", shapes))
+    assert brief(found) == ("safetensors", "transformer", family, layout, "bf16")
+    assert isinstance(found.facts, Transformer)
+
+
+TEXT_ENCODERS = {
+    "qwen3-4b": weights.qwen3(**QWEN3_4B),
+    "qwen3-8b": weights.qwen3(**QWEN3_8B),
+    "qwen3-0.6b": weights.qwen3(**QWEN3_06B),
+    "qwen3-other": weights.qwen3(64, 128, 2, layers=28, kv=1, vocabulary=2048, head=32),
+    "qwen3-vl": weights.qwen3_vl(),
+    "qwen2.5-vl": {
+        "visual.patch_embed.proj.weight": (1280, 3, 2, 14, 14),
+        "model.layers.0.mlp.gate_proj.weight": (18944, 3584),
+    },
+    "qwen2": {"model.layers.0.self_attn.q_proj.bias": (2048,), "model.embed_tokens.weight": (151936, 2048)},
+    "gemma": {
+        "model.layers.0.pre_feedforward_layernorm.weight": (2304,),
+        "model.layers.0.self_attn.q_norm.weight": (256,),
+    },
+    "mistral-small": weights.mistral(),
+    "ministral": {
+        "model.layers.0.post_attention_layernorm.weight": (3072,),
+        "model.embed_tokens.weight": (131072, 3072),
+    },
+    "llama3-8b": {"model.layers.0.mlp.gate_proj.weight": (14336, 4096)},
+    "t5-xxl": weights.t5(),
+    "umt5-xxl": weights.t5(256384),
+    "clip-l": weights.clip(768, 3072, 12),
+    "clip-g": weights.clip(1280, 5120, 32),
+}
+
+
+@pytest.mark.parametrize("family", TEXT_ENCODERS)
+def test_text_encoders(tmp_path, family):
+    found = identify(weights.write(tmp_path / "some_encoder.safetensors", TEXT_ENCODERS[family]))
+    assert brief(found) == ("safetensors", "text-encoder", family, "single-file", "bf16")
+
+
+@pytest.mark.parametrize("layers", [range(20), range(20, 36)])
+def test_each_shard_of_a_text_encoder(tmp_path, layers):
+    whole = weights.qwen3(**QWEN3_4B)
+    part = {name: shape for name, shape in whole.items() if any(f".layers.{n}." in name for n in layers)}
+    found = identify(weights.write(tmp_path / "model-00002-of-00002.safetensors", part))
+    assert brief(found) == ("safetensors", "text-encoder", "qwen3-4b", "diffusers", "bf16")
+    assert found.saw == f"2560 wide, query norm: Qwen3 4B; {len(layers)} layers; shard 2 of 2"
+    assert isinstance(found.facts, TextEncoder) and found.facts.width == 2560
+
+
+def test_the_shard_of_qwen3_8b_that_holds_little_but_the_output(tmp_path):
+    found = identify(weights.write(tmp_path / "model-00004-of-00004.safetensors", {"lm_head.weight": (151936, 4096)}))
+    assert (found.family, found.facts.width) == ("qwen3-8b", 4096)
+
+
+VAES = {
+    "FLUX.2": (weights.vae(), "flux2-vae", "single-file", "32 latent channels, batch-norm statistics: FLUX.2 VAE"),
+    "FLUX.2, diffusers": (
+        weights.vae_diffusers(),
+        "flux2-vae",
+        "diffusers",
+        "32 latent channels, batch-norm statistics: FLUX.2 VAE",
+    ),
+    "small decoder": (
+        weights.vae(width=96),
+        "flux2-vae",
+        "single-file",
+        "32 latent channels, batch-norm statistics: FLUX.2 VAE; small decoder",
+    ),
+    "decoder only": (
+        weights.vae(encoder=False),
+        "flux2-vae",
+        "single-file",
+        "32 latent channels, batch-norm statistics: FLUX.2 VAE; decoder only, so it cannot read pictures for an edit",
+    ),
+    "no statistics": (
+        weights.vae(statistics=False),
+        "flux2-vae",
+        "single-file",
+        "32 latent channels but no batch-norm statistics: an incomplete FLUX.2 VAE",
+    ),
+    "a miniature": (
+        weights.vae_diffusers(width=16),
+        "flux2-vae",
+        "diffusers",
+        "32 latent channels, batch-norm statistics: FLUX.2 VAE",
+    ),
+    "FLUX.1's ae.safetensors": (
+        weights.vae(16, statistics=False),
+        "flux1-vae",
+        "single-file",
+        "16 latent channels: FLUX.1 VAE (SD3 and Z-Image have its like)",
+    ),
+    "SDXL": (
+        weights.vae(4, statistics=False),
+        "sd-vae",
+        "single-file",
+        "4 latent channels: Stable Diffusion VAE (1.5 and SDXL look alike)",
+    ),
+    "Wan": (
+        {"decoder.middle.0.residual.0.gamma": (384, 1, 1, 1), "decoder.conv1.weight": (384, 16, 3, 3, 3)},
+        "wan-vae",
+        "single-file",
+        "16 latent channels, 3-D convolutions: Wan 2.1 or Qwen-Image VAE; "
+        "decoder only, so it cannot read pictures for an edit",
+    ),
+    "Qwen-Image, diffusers": (
+        weights.vae_diffusers(16, statistics=False, first=(3, 3, 3)),
+        "wan-vae",
+        "diffusers",
+        "16 latent channels, 3-D convolutions: Wan 2.1 or Qwen-Image VAE",
+    ),
+    "DC-AE": (
+        {
+            "decoder.conv_in.weight": (1024, 32, 3, 3),
+            "decoder.up_blocks.0.0.conv.weight": (512, 256, 3, 3),
+            "encoder.conv_in.weight": (128, 3, 3, 3),
+        },
+        "dc-ae",
+        "diffusers",
+        "32 latent channels, DC-AE blocks: a DC-AE autoencoder",
+    ),
+    "unknown": (
+        {"decoder.conv_in.weight": (512, 24, 3, 3), "encoder.conv_in.weight": (128, 3, 3, 3)},
+        "unknown",
+        "single-file",
+        "24 latent channels: a VAE, of which model is not known",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_vaes(tmp_path, name):
+    shapes, family, layout, saw = VAES[name]
+    found = identify(weights.write(tmp_path / "vae.safetensors", shapes, "F32"))
+    assert brief(found) == ("safetensors", "vae", family, layout, "fp32")
+    assert found.saw == saw
+
+
+def test_what_pairing_needs_of_a_vae(tmp_path):
+    facts = [
+        identify(weights.write(tmp_path / f"{n}.safetensors", shapes)).facts
+        for n, shapes in enumerate((weights.vae(), weights.vae(16, False), weights.vae(encoder=False, width=96)))
+    ]
+    assert all(isinstance(vae, Vae) for vae in facts)
+    assert [(vae.latent_channels, vae.decoder_width, vae.statistics, vae.encoder) for vae in facts] == [
+        (32, 512, True, True),
+        (16, 512, False, True),
+        (32, 384, True, False),
+    ]
+
+
+def test_what_pairing_needs_of_a_transformer_and_a_text_encoder(tmp_path, models):
+    transformer = identify(weights.write(tmp_path / "t.safetensors", weights.flux2(**KLEIN_4B)), models).facts
+    encoder = identify(weights.write(tmp_path / "e.safetensors", weights.qwen3(**QWEN3_8B)), models).facts
+    assert isinstance(transformer, Transformer) and isinstance(encoder, TextEncoder)
+    assert (transformer.model, transformer.text_width, transformer.image_channels) == ("klein-4b", 7680, 128)
+    assert (transformer.double_blocks, transformer.single_blocks) == (5, 20)
+    assert (encoder.title, encoder_title(transformer.text_width // 3)) == (
+        "Qwen3 8B (4096 wide)",
+        "Qwen3 4B (2560 wide)",
+    )
+
+
+def test_a_whole_sdxl_checkpoint_is_no_transformer(tmp_path):
+    shapes = {
+        "model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3),
+        "model.diffusion_model.label_emb.0.0.weight": (1280, 2816),
+        "first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3),
+    }
+    found = identify(weights.write(tmp_path / "sd_xl_base_1.0.safetensors", shapes, "F16"))
+    assert brief(found) == ("safetensors", "unknown", "sdxl", "single-file", "fp16")
+    assert (
+        found.saw
+        == "a UNet with SDXL's size conditioning: SDXL; a whole checkpoint, with more than this one part in it"
+    )
+
+
+def test_an_upscaler(tmp_path):
+    shapes = {"conv_first.weight": (64, 3, 3, 3), "body.0.rdb1.conv1.weight": (32, 64, 3, 3)}
+    found = identify(weights.write(tmp_path / "4x.safetensors", {f"params_ema.{k}": v for k, v in shapes.items()}))
+    assert (found.role, found.saw) == ("upscaler", "dense residual blocks: ESRGAN upscaler")
+
+
+def test_what_is_not_known_stays_unknown_and_shows_its_largest_shapes(tmp_path):
+    found = identify(weights.write(tmp_path / "new.safetensors", {"a.weight": (7, 9), "b.bias": (9,)}))
+    assert brief(found) == ("safetensors", "unknown", "unknown", None, "bf16")
+    assert found.saw == "2 tensors of a model that is not known here; the largest: a.weight [7, 9], b.bias [9]"
+
+
+# fp8 and fp4
+
+
+def quantized(scale: str = "weight_scale") -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in weights.flux2(**KLEIN_4B).items():
+        shapes[name] = shape
+        if "_blocks" in name and len(shape) == 2:
+            shapes[name.replace("weight", scale)] = ()
+    return shapes
+
+
+def test_the_official_fp8_file(tmp_path):
+    metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0"})}
+    path = weights.write(tmp_path / "fp8.safetensors", quantized(), "F8_E4M3", metadata, weight_scale="F32")
+    found = identify(path)
+    assert brief(found) == ("safetensors", "transformer", "flux2-klein-4b", "single-file", "fp8")
+    assert found.facts.scales == "metadata"
+
+
+@pytest.mark.parametrize(
+    ("scale", "extra", "scales"),
+    [
+        ("weight_scale", {"double_blocks.0.img_attn.qkv.comfy_quant": (30,)}, "comfy_quant"),
+        ("scale_weight", {"scaled_fp8": (0,)}, "scaled_fp8"),
+        ("weight_scale", {}, "unmarked"),
+    ],
+)
+def test_how_fp8_scales_are_announced(tmp_path, scale, extra, scales):
+    shapes = {**quantized(scale), **extra}
+    found = identify(
+        weights.write(tmp_path / "fp8.safetensors", shapes, "F8_E4M3", **{scale: "F32", "comfy_quant": "U8"})
+    )
+    assert found.facts.scales == scales
+    assert ("its scales are not announced, and ComfyUI would ignore them" in found.saw) == (scales == "unmarked")
+
+
+def test_an_nvfp4_file_whose_weights_lie_two_to_a_byte(tmp_path):
+    h = 3072
+    shapes = {
+        "single_blocks.0.linear1.weight": (9 * h, h // 2),
+        "single_blocks.0.linear1.weight_scale": (9 * h, h // 16),
+    }
+    found = identify(weights.write(tmp_path / "fp4.safetensors", shapes, "U8", weight_scale="F8_E4M3"))
+    assert brief(found)[2:] == ("flux2-klein-4b", "single-file", "nvfp4")
+
+
+# GGUF
+
+
+def test_gguf_files(tmp_path):
+    transformer = weights.write_gguf(tmp_path / "flux-2-klein-4b-Q8_0.gguf", weights.flux2(**KLEIN_4B), "flux")
+    assert brief(identify(transformer)) == ("gguf", "transformer", "flux2-klein-4b", "single-file", "Q8_0")
+    names = {"token_embd.weight": (151936, 2560)}
+    for n in range(36):
+        names |= {f"blk.{n}.attn_q_norm.weight": (128,), f"blk.{n}.ffn_gate.weight": (9728, 2560)}
+    encoder = weights.write_gguf(tmp_path / "Qwen3-4B-Q4_K_M.gguf", names, "qwen3", kind=12, words=1000)
+    assert brief(identify(encoder)) == ("gguf", "text-encoder", "qwen3-4b", "single-file", "Q4_K")
+    vision = weights.write_gguf(tmp_path / "Qwen3-VL-4B.gguf", names, "qwen3vl", kind=12)
+    assert identify(vision).family == "qwen3-vl"
+    t5 = {"token_embd.weight": (32128, 4096), "enc.blk.0.ffn_up.weight": (10240, 4096)}
+    assert identify(weights.write_gguf(tmp_path / "t5.gguf", t5, "t5encoder")).family == "t5-xxl"
+
+
+def test_a_gguf_file_cut_short(tmp_path):
+    found = identify(weights.write_gguf(tmp_path / "a.gguf", weights.flux2(**KLEIN_4B), "flux", missing=4096))
+    assert brief(found)[:3] == ("truncated", "transformer", "flux2-klein-4b")
+    assert "cut short: 4,096 of 4," in found.saw
+
+
+# LoRA
+
+FLUX1_ATTENTION = {f"double_blocks.{n}.img_attn.qkv.weight": (9216, 3072) for n in range(19)}
+LORAS = {
+    "klein 4B, all layers": (weights.matrices(weights.flux2(**KLEIN_4B), "_blocks"), "peft", "flux2-klein-4b"),
+    "klein 4B by kohya": (weights.matrices(weights.flux2(**KLEIN_4B), "_blocks"), "kohya", "flux2-klein-4b"),
+    "klein 4B, attention only": (weights.matrices(weights.flux2(**KLEIN_4B), "img_attn"), "kohya", "flux2-klein-4b"),
+    "klein 4B, few layers": (
+        weights.matrices(weights.flux2(**KLEIN_4B), "single_blocks.3.linear1"),
+        "peft",
+        "flux2-klein-4b",
+    ),
+    "klein 4B, MLP": (weights.matrices(weights.flux2(**KLEIN_4B), "blocks.1.img_mlp"), "kohya", "flux2-klein-4b"),
+    "klein 9B": (weights.matrices(weights.flux2(**KLEIN_9B), "_blocks"), "kohya", "flux2-klein-9b"),
+    "klein 9B, attention": (weights.matrices(weights.flux2(**KLEIN_9B), "blocks.2.img_attn"), "peft", "flux2-klein-9b"),
+    "dev": (weights.matrices(weights.flux2(**FLUX2_DEV), "single_blocks"), "peft", "flux2-dev"),
+    "FLUX.1": (weights.matrices(weights.flux1(), "_blocks"), "kohya", "flux1"),
+    "FLUX.1, attention only": (FLUX1_ATTENTION, "peft", "flux1"),
+    "FLUX.1, single blocks": (weights.matrices(weights.flux1(), "blocks.0.linear"), "peft", "flux1"),
+    "as wide in both": (weights.matrices(weights.flux2(**KLEIN_4B), "blocks.1.img_attn"), "peft", "unknown"),
+    "Stable Diffusion": (
+        {"unet.down_blocks.1.attentions.0.transformer_blocks.4.attn1.to_q": (640, 640)},
+        "peft",
+        "unknown",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_loras(tmp_path, name):
+    layers, style, family = LORAS[name]
+    found = identify(weights.write(tmp_path / "style.safetensors", weights.lora(layers, 16, style), "F16"))
+    assert (found.role, found.family, found.facts.rank) == ("lora", family, 16)
+
+
+def test_what_is_said_of_loras(tmp_path):
+    def saw(layers: weights.Shapes) -> str:
+        return identify(weights.write(tmp_path / "a.safetensors", weights.lora(layers, 8))).saw
+
+    assert saw(LORAS["klein 9B"][0]) == (
+        "4096 wide, double blocks up to 7, single blocks up to 23: LoRA of rank 8 for FLUX.2 [klein] 9B"
+    )
+    assert saw(LORAS["as wide in both"][0]) == (
+        "3072 wide, double blocks up to 1: LoRA of rank 8 for FLUX.1 or FLUX.2 [klein] 4B "
+        "(the layers it changes are as wide in both)"
+    )
+    assert saw(LORAS["Stable Diffusion"][0]) == "LoRA of rank 8 for a model that is not known here"
+
+
+def test_a_lora_with_diffusers_names_and_one_of_two_factors_lokr(tmp_path):
+    layers = weights.matrices(weights.flux2_diffusers(**KLEIN_4B), "_blocks")
+    found = identify(weights.write(tmp_path / "a.safetensors", weights.lora(layers)))
+    assert (found.family, found.layout) == ("flux2-klein-4b", "diffusers")
+    lokr = {
+        "lycoris_single_blocks_0_linear1.lokr_w1": (8, 8),
+        "lycoris_single_blocks_0_linear1.lokr_w2_a": (9 * 4096 // 8, 4),
+        "lycoris_single_blocks_0_linear1.lokr_w2_b": (4, 4096 // 8),
+    }
+    found = identify(weights.write(tmp_path / "b.safetensors", lokr))
+    assert found.facts == Lora(tmp_path / "b.safetensors", "flux2-klein-9b", "single-file", "bf16", None, 4096, None, 0)
+    assert found.saw == "4096 wide, single blocks up to 0: LoRA for FLUX.2 [klein] 9B"
+
+
+# What is there instead of weights
+
+OID = hashlib.sha256(b"weights").hexdigest()
+NOT_WEIGHTS = {
+    "an empty file": (b"", "empty", "empty: 0 bytes"),
+    "five bytes": (b"\1\2\3\4\5", "truncated", "5 bytes: too short for any weights file"),
+    "a git-LFS pointer": (
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{OID}\nsize 7751109744\n".encode(),
+        "lfs-pointer",
+        f"a git-LFS pointer to 7.75 GB, sha256 {OID[:12]}…",
+    ),
+    "a cut pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha",
+        "lfs-pointer",
+        "a git-LFS pointer that names no file",
+    ),
+    "a web page": (
+        b"\n<!DOCTYPE html>\n<html><title>Sign in</title>",
+        "web-page",
+        "a web page saved in place of the file: '<!DOCTYPE html> <html><title>Sign in</title>'",
+    ),
+    "a storage error": (
+        b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
+        "web-page",
+        "a web page saved in place of the file: '<?xml version=\"1.0\"?><Error><Code>AccessDenied</Code></Error>'",
+    ),
+    "a gated repository's answer": (
+        b"Access to model black-forest-labs/FLUX.2-klein-9B is restricted. You must have access to it",
+        "web-page",
+        "a server's answer saved in place of the file: "
+        "'Access to model black-forest-labs/FLUX.2-klein-9B is restricted. You must hav...'",
+    ),
+    "a wrong path's answer": (
+        b"Entry not found",
+        "web-page",
+        "a server's answer saved in place of the file: 'Entry not found'",
+    ),
+    "a JSON error": (
+        b'{"error":"Repository not found"}',
+        "json",
+        "a server's error saved in place of the file: 'Repository not found'",
+    ),
+    "a configuration": (b'{"_class_name": "AutoencoderKLFlux2"}', "json", "JSON: configuration of AutoencoderKLFlux2"),
+    "an index": (b'{"weight_map": {"a": "1", "b": "2", "c": "2"}}', "json", "JSON: index of 2 shards"),
+    "other JSON": (b'{"prompt": 1}', "json", "JSON, no weights"),
+    "broken JSON": (b'{"prompt": ', "json", "JSON that is no JSON"),
+    "a PyTorch archive": (
+        b"PK\3\4" + b"\0" * 40,
+        "pickle",
+        "a zip archive, as PyTorch's .ckpt and .pth are; not opened, for pickles can run code",
+    ),
+    "a pickle": (
+        b"\x80\x02}q\0.",
+        "pickle",
+        "a Python pickle (.ckpt, .pth, .bin); not opened, for pickles can run code",
+    ),
+    "reserved space": (
+        b"\0" * 5000,
+        "zeros",
+        "zeros from the start: 5.00 kB reserved by a download that did not happen",
+    ),
+    "a text": (b"hello there\n", "other", "text, no weights: 'hello there'"),
+    "a picture": (
+        b"\x89PNG\r\n\x1a\n" + b"\0" * 20,
+        "other",
+        "no format that holds weights; it starts with 89 50 4e 47 0d 0a 1a 0a",
+    ),
+    "a header that lies": (
+        struct.pack("<Q", 8) + b'{"a": 1}',
+        "other",
+        "a safetensors file whose header describes no tensor under 'a'",
+    ),
+    "a header cut off": (
+        struct.pack("<Q", 20_000) + b'{"txt_in.weight": {"dtype": "BF16"',
+        "truncated",
+        "a safetensors file that ends inside its header, at least 19,966 bytes short",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_WEIGHTS)
+def test_no_weights(tmp_path, name):
+    data, kind, saw = NOT_WEIGHTS[name]
+    path = tmp_path / "flux-2-klein-4b.safetensors"
+    path.write_bytes(data)
+    found = identify(path)
+    assert (found.kind, found.saw, found.role, found.size_bytes) == (kind, saw, "unknown", len(data))
+    assert not found.whole
+
+
+def test_a_pointer_to_a_part_is_named(tmp_path, models):
+    part = models[0].part("transformer")
+    path = tmp_path / "a.safetensors"
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{part.sha256}\nsize {part.size}\n")
+    found = identify(path, models)
+    assert found.saw == f"a git-LFS pointer to 7.75 GB, sha256 {part.sha256[:12]}…: klein-4b/transformer"
+    assert found.facts == LfsPointer(path, part.sha256, part.size)
+    assert found.part is None  # the note is not the file
+
+
+def test_a_folder_a_missing_file_and_a_pipe(tmp_path):
+    assert identify(tmp_path).saw == "a folder; name a file in it"
+    assert identify(tmp_path / "gone").saw == "cannot be read: No such file or directory"
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        assert identify(tmp_path / "pipe").saw == "no regular file"  # and it was not waited on
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read(tmp_path):
+    path = tmp_path / "secret"
+    path.write_bytes(b"x")
+    path.chmod(0)
+    assert identify(path).saw == "cannot be read: Permission denied"
+
+
+def test_a_truncated_download_is_still_known(tmp_path):
+    found = identify(weights.write(tmp_path / "qwen_3_4b.safetensors", weights.qwen3(**QWEN3_4B), missing=1_000_000))
+    assert brief(found) == ("truncated", "text-encoder", "qwen3-4b", "single-file", "bf16")
+    wanted = found.size_bytes + 1_000_000
+    assert (
+        found.saw == f"2560 wide, query norm: Qwen3 4B; 36 layers; cut short: 1,000,000 of {wanted:,} bytes are missing"
+    )
+
+
+def test_a_file_with_something_appended(tmp_path):
+    path = weights.write(tmp_path / "vae.safetensors", weights.vae())
+    size = path.stat().st_size
+    os.truncate(path, size + 10)
+    found = identify(path)
+    assert (found.kind, found.family) == ("truncated", "flux2-vae")
+    assert found.saw.endswith(f"FLUX.2 VAE; 10 bytes too long: {size:,} wanted")
+
+
+# Parts of manifests
+
+
+def sparse(path: Path, size: int) -> Path:
+    with path.open("wb") as file:
+        file.truncate(size)
+    return path
+
+
+def real(path: Path, size: int, shapes: weights.Shapes, dtype: str = "BF16") -> Path:
+    """The header padded with spaces until the file is as long as the published one. Sorted, as torch's tools write."""
+    shapes = dict(sorted(shapes.items()))
+    room = size - weights.write(path, shapes, dtype, tracked="I64").stat().st_size
+    front = weights.header(shapes, dtype, tracked="I64")
+    text = front[8:].rstrip() + b" " * (len(front[8:]) - len(front[8:].rstrip()) + room)
+    with path.open("r+b") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(size)
+    return path
+
+
+def test_a_file_as_long_as_two_parts_is_neither_until_it_is_hashed(tmp_path, models):
+    part, base = models[0].part("transformer"), models[1].part("transformer")
+    path = real(tmp_path / part.name, part.size, weights.flux2_diffusers(**KLEIN_4B))
+    found = identify(path, models)
+    assert (found.kind, found.part) == ("safetensors", None)
+    assert found.saw == (
+        "text input 7680 wide: FLUX.2 [klein] 4B; 5 + 20 blocks; "
+        "as long as klein-4b/transformer and klein-base-4b/transformer: only the sha256 tells which"
+    )
+    assert identify(path, models, base.sha256).part == "klein-base-4b/transformer"
+    assert identify(path, models, base.sha256).facts.model == "klein-base-4b"
+    assert identify(path, models, "0" * 64).part is None
+
+
+def test_name_and_size_are_enough_where_one_part_has_them(tmp_path, models):
+    part = models[0].part("transformer-bf16")
+    assert identify(sparse(tmp_path / part.name, part.size), models).part == "klein-4b/transformer-bf16"
+    assert identify(sparse(tmp_path / "renamed.safetensors", part.size), models).part is None
+    assert identify(sparse(tmp_path / part.name, part.size - 1), models).part is None
+    assert (
+        identify(sparse(tmp_path / "renamed.safetensors", 5), models, part.sha256).part == "klein-4b/transformer-bf16"
+    )
+
+
+def test_both_files_called_flux2_vae_are_right(tmp_path, models):
+    parts = [part for part in models[0].parts if part.name == "flux2-vae.safetensors"]
+    assert len(parts) == 2
+    for part in parts:
+        found = identify(real(tmp_path / part.name, part.size, weights.vae(), "F32"), models)
+        assert (found.kind, found.family, found.part) == ("safetensors", "flux2-vae", part.ref)
+
+
+# Plugins, JSON, speed
+
+
+def test_a_plugins_signature_from_the_hooks_example(tmp_path):
+    path = weights.write(tmp_path / "my.safetensors", {"decoder.conv_in.weight": (512, 24, 3, 3)})
+    mine = Signature(
+        role="vae",
+        family="my-vae",
+        layout="diffusers",
+        shapes={"decoder.conv_in.weight": (512, 24, 3, 3)},
+        saw="24 latent channels",
+    )
+    found = identify(path, signatures=[mine])
+    assert (found.role, found.family, found.layout) == ("vae", "my-vae", "diffusers")
+    assert found.saw.startswith("24 latent channels; decoder only")
+
+
+def test_what_a_signature_may_ask_for(tmp_path):
+    path = weights.write(tmp_path / "a.safetensors", {"b.3.a.weight": (4, 8), "b.7.c.2.weight": (8, 4), "e": (5,)})
+
+    def saw(**shapes: tuple[int | str | None, ...] | None) -> str | None:
+        named = {name.replace("_", "."): shape for name, shape in shapes.items()}
+        named = {name.replace("X", "*"): shape for name, shape in named.items()}
+        found = identify(path, signatures=[Signature("vae", "mine", None, named, "{w} by {h}, {other}")])
+        return found.saw if found.family == "mine" else None
+
+    assert saw(b_X_a_weight=("h", "w"), b_X_c_2_weight=("w", "h")) == "8 by 4, {other}"
+    assert saw(b_3_a_weight=("h", "w"), b_X_c_X_weight=("h", "w")) is None  # the same words are other numbers
+    assert saw(b_X_c_3_weight=None) is None
+    assert saw(b_X_a_weight=(None, 8), e=("e",)) == "{w} by {h}, {other}"
+    assert saw(e=(None, None)) is None
+
+
+def test_a_signature_with_a_word_that_means_nothing_is_refused():
+    with pytest.raises(ValueError, match="one of the roles"):
+        Signature(role="VAE", family="x", layout=None, shapes={"a": None}, saw="")
+
+
+def test_the_json_document_follows_its_schema(tmp_path, models):
+    schema = json.loads((REPOSITORY / "kleinctl" / "schemas" / "identify.json").read_text())
+    found = []
+    for n, (data, _, _) in enumerate(NOT_WEIGHTS.values()):
+        path = tmp_path / str(n)
+        path.write_bytes(data)
+        found.append(identify(path, models))
+    for n, (shapes, _, _) in enumerate(TRANSFORMERS.values()):
+        found.append(identify(weights.write(tmp_path / f"t{n}.safetensors", shapes), models))
+    for n, shapes in enumerate(TEXT_ENCODERS.values()):
+        found.append(identify(weights.write(tmp_path / f"e{n}.safetensors", shapes), models))
+    found.append(identify(sparse(tmp_path / "flux-2-klein-4b.safetensors", 7751105712), models))
+    whole = document(found)
+    jsonschema.validate(whole, schema)
+    assert whole["files"][-1]["part"] == "klein-4b/transformer-bf16"
+    assert set(schema["properties"]["files"]["items"]["properties"]["kind"]["enum"]) >= {one.kind for one in found}
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("klein 4B", weights.flux2_diffusers(**KLEIN_4B)),
+        ("Qwen3 4B", weights.qwen3(**QWEN3_4B)),
+        ("VAE", weights.vae()),
+    ],
+)
+def test_an_8_gb_file_takes_milliseconds(tmp_path, models, name, shapes):
+    path = weights.write(tmp_path / "model.safetensors", shapes)
+    identify(path, models)
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        identify(path, models)
+        times.append(time.perf_counter() - start)
+    median = statistics.median(times) * 1000
+    print(f"identify {name}, {path.stat().st_size / 1e9:.2f} GB: {median:.2f} ms")
+    assert median < 15  # 1 to 2 ms; the bound is for busy machines
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    st.binary(max_size=300)
+    | st.sampled_from([b"GGUF", b"PK", b"<html", b"{", b"\x80\x02", b"version https://git-lfs"]).flatmap(
+        lambda start: st.binary(max_size=100).map(lambda rest: start + rest)
+    )
+)
+def test_whatever_the_bytes_are_there_is_an_answer(tmp_path, data):
+    path = tmp_path / "anything"
+    path.write_bytes(data)
+    found = identify(path)
+    assert found.saw and found.size_bytes == len(data) and found.saw.isprintable()
+
+
+names = st.sampled_from(
+    [
+        "txt_in.weight",
+        "img_in.weight",
+        "model.layers.0.self_attn.q_norm.weight",
+        "decoder.conv_in.weight",
+        "x.lora_A.weight",
+    ]
+) | st.text(max_size=20)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    st.dictionaries(
+        names.filter(lambda name: name != "__metadata__"), st.lists(st.integers(0, 9), max_size=6).map(tuple)
+    )
+)
+def test_whatever_the_header_lists_there_is_an_answer(tmp_path, shapes):
+    found = identify(weights.write(tmp_path / "any.safetensors", shapes))
+    assert found.kind == "safetensors" and found.saw

@@ -1,0 +1,173 @@
+"""Plugins that fail, that clash, and that are written for something else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kleinctl import Problem, hookimpl
+from kleinctl.plugins import Plugins
+
+BACKEND = """
+from kleinctl import hookimpl
+kleinctl_api = 1
+
+class Backend:
+    name, aliases, requires, layout = {name!r}, {aliases!r}, (), "none"
+    def fit(self, model, hardware, job): raise AssertionError
+    def health(self, hardware, environment): return None
+    def load(self, model, budget): raise AssertionError
+
+@hookimpl
+def kleinctl_backends():
+    return [Backend()]
+"""
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A folder of installed packages that this process sees too. `add(distribution, plugin, source)` installs one."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+    def add(distribution: str, plugin: str, source: str) -> None:
+        module = distribution.replace("-", "_")
+        (folder / f"{module}.py").write_text(source)
+        info = folder / f"{module}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[kleinctl]\n{plugin} = {module}\n")
+
+    return add
+
+
+def test_a_plugin_that_crashes_on_import_is_one_problem_and_doctor_goes_on(site, kleinctl):
+    site("broken-plugin", "broken", "import does_not_exist")
+    answer = kleinctl("doctor", "--json")
+    assert answer.exit_code == 0, answer.stderr  # a warning alone
+    [problem] = [p for p in json.loads(answer.stdout)["problems"] if p["name"] == "plugin-failed"]
+    assert problem["what"] == "plugin broken does not start"
+    assert problem["why"] == "ModuleNotFoundError: No module named 'does_not_exist'"
+    assert problem["fix"] == "kleinctl plugins --disable broken"
+
+
+def test_a_plugin_that_calls_exit_on_import_does_not_end_kleinctl(site):
+    site("exiting-plugin", "exiting", "raise SystemExit(7)")
+    plugins = Plugins(frozenset())
+    assert "staged-decode" in plugins.backends
+    assert [p.what for p in plugins.problems] == ["plugin exiting does not start"]
+
+
+def test_a_plugin_that_raises_in_a_hook(site):
+    site(
+        "raising-plugin",
+        "raising",
+        "from kleinctl import hookimpl\nkleinctl_api = 1\n\n@hookimpl\ndef kleinctl_backends():\n    return 1 / 0\n",
+    )
+    plugins = Plugins(frozenset())
+    assert {"diffusers-offload", "staged-decode"} <= set(plugins.backends)
+    [problem] = plugins.problems
+    assert (problem.what, problem.why) == (
+        "plugin raising failed in kleinctl_backends",
+        "ZeroDivisionError: division by zero",
+    )
+
+
+def test_a_plugin_for_another_api(site):
+    site("future-plugin", "future", "kleinctl_api = 2")
+    plugins = Plugins(frozenset())
+    _ = plugins.backends
+    [problem] = plugins.problems
+    assert problem.why == "This kleinctl offers version 1; `kleinctl_api` in future_plugin says 2."
+
+
+def test_a_misspelled_hook_is_reported(site):
+    site(
+        "typo-plugin",
+        "typo",
+        "from kleinctl import hookimpl\nkleinctl_api = 1\n\n@hookimpl\ndef kleinctl_backend():\n    return []\n",
+    )
+    plugins = Plugins(frozenset())
+    assert "staged-decode" in plugins.backends
+    [problem] = plugins.problems
+    assert problem.what == "plugin typo implements a hook that does not exist"
+    assert "kleinctl_backend" in problem.why
+
+
+def test_two_plugins_with_one_name(site):
+    site("other-staged", "staged-decode", "kleinctl_api = 1")
+    plugins = Plugins(frozenset())
+    assert plugins.backend("staged").thing.name == "staged-decode"
+    [problem] = plugins.problems
+    assert problem.what == "two plugins are named staged-decode"
+    assert problem.fix == "pip uninstall other-staged"
+
+
+def test_two_backends_with_one_alias(site):
+    site("alias-plugin", "alias", BACKEND.format(name="mine", aliases=("staged",)))
+    plugins = Plugins(frozenset())
+    assert "mine" not in plugins.backends
+    assert [p.what for p in plugins.problems] == ["plugin alias offers a second backend named staged"]
+
+
+def test_a_disabled_plugin_stays_disabled_until_it_is_enabled(site, kleinctl):
+    site("extra-plugin", "extra", BACKEND.format(name="extra", aliases=()))
+    assert "extra" in Plugins(frozenset()).backends
+    assert kleinctl("plugins", "--disable", "extra").exit_code == 0
+    state = {row["name"]: row for row in json.loads(kleinctl("plugins", "--json").stdout)["plugins"]}
+    assert state["extra"]["disabled"]
+    assert state["extra"]["offers"] == {}
+    kleinctl("plugins", "--enable", "extra")
+    state = {row["name"]: row for row in json.loads(kleinctl("plugins", "--json").stdout)["plugins"]}
+    assert state["extra"]["offers"]["kleinctl_backends"] == ["extra"]
+
+
+def test_disabling_for_one_command_changes_nothing_for_the_next(kleinctl):
+    first = json.loads(kleinctl("--disable", "staged-decode", "plan", "--gpu", "RTX 4090", "--json").stdout)
+    assert {row["backend"] for row in first["rows"]} == {"diffusers-offload"}
+    second = json.loads(kleinctl("plan", "--gpu", "RTX 4090", "--json").stdout)
+    assert {row["backend"] for row in second["rows"]} == {"diffusers-offload", "staged-decode"}
+
+
+def test_disabling_a_plugin_that_is_not_there_names_the_nearest(kleinctl):
+    answer = kleinctl("plugins", "--disable", "staged-decoder")
+    assert answer.exit_code == 2
+    assert "Did you mean staged-decode?" in answer.stderr
+
+
+def test_every_hook_has_an_example():
+    from kleinctl import hookspecs
+
+    hooks = [function for name, function in vars(hookspecs).items() if name.startswith("kleinctl_")]
+    assert len(hooks) == 6
+    assert all("Example::" in function.__doc__ and "@hookimpl" in function.__doc__ for function in hooks)
+
+
+def test_a_problem_offered_by_a_plugin_check_reaches_doctor(site, kleinctl):
+    site(
+        "check-plugin",
+        "checking",
+        "from kleinctl import Problem, check, hookimpl\nkleinctl_api = 1\n\n"
+        '@check("always-wrong")\ndef always_wrong(hardware):\n    """Never holds."""\n'
+        '    return Problem("it is wrong", "It always is.", "do nothing")\n\n'
+        '@check("crashes")\ndef crashes(hardware):\n    """Crashes."""\n    raise ValueError("oops")\n\n'
+        "@hookimpl\ndef kleinctl_checks():\n    return [always_wrong, crashes]\n",
+    )
+    answer = kleinctl("doctor", "--json")
+    document = json.loads(answer.stdout)
+    assert answer.exit_code == 1
+    assert "it is wrong" in [p["what"] for p in document["problems"] if p["name"] == "always-wrong"]
+    [crashed] = [c for c in document["checks"] if c["name"] == "crashes"]
+    assert (crashed["status"], crashed["why"]) == ("skipped", "The check crashed: ValueError: oops")
+
+
+def test_public_names_are_all_there():
+    import kleinctl
+
+    assert all(getattr(kleinctl, name) is not None for name in kleinctl.__all__)
+    assert hookimpl is kleinctl.hookimpl
+    assert Problem is kleinctl.Problem

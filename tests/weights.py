@@ -1,0 +1,307 @@
+"""Weights files with real headers and no weights: as long as the real ones, and almost nothing on disk (sparse)."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from kleinctl.header import DTYPE_BITS, GGML_TYPES
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+KLEIN_4B = {"hidden": 3072, "text_width": 7680, "double": 5, "single": 20}
+KLEIN_9B = {"hidden": 4096, "text_width": 12288, "double": 8, "single": 24}
+FLUX2_DEV = {"hidden": 6144, "text_width": 15360, "double": 8, "single": 48}
+QWEN3_4B = {"hidden": 2560, "mlp": 9728, "heads": 32}
+QWEN3_8B = {"hidden": 4096, "mlp": 12288, "heads": 32}
+QWEN3_06B = {"hidden": 1024, "mlp": 3072, "heads": 16, "layers": 28}
+
+
+def header(shapes: Shapes, dtype: str = "BF16", metadata: Mapping[str, str] | None = None, **dtypes: str) -> bytes:
+    """A safetensors header. `dtypes` gives other dtypes to names that end so: `_scale="F32"`."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name, shape in shapes.items():
+        own = next((other for end, other in dtypes.items() if name.endswith(end)), dtype)
+        size = (math.prod(shape) * DTYPE_BITS[own] + 7) // 8
+        entries[name] = {"dtype": own, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write(
+    path: Path,
+    shapes: Shapes,
+    dtype: str = "BF16",
+    metadata: Mapping[str, str] | None = None,
+    missing: int = 0,
+    **dtypes: str,
+) -> Path:
+    """A sparse safetensors file of those tensors, `missing` bytes short."""
+    front = header(shapes, dtype, metadata, **dtypes)
+    entries = json.loads(front[8:])
+    entries.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(front)
+        file.truncate(len(front) + end - missing)
+    return path
+
+
+def flux2(hidden: int, text_width: int, double: int, single: int) -> dict[str, tuple[int, ...]]:
+    """The transformer under Black Forest Labs' names, as ComfyUI reads it."""
+    h = hidden
+    shapes: dict[str, tuple[int, ...]] = {
+        "img_in.weight": (h, 128),
+        "txt_in.weight": (h, text_width),
+        "time_in.in_layer.weight": (h, 256),
+        "time_in.out_layer.weight": (h, h),
+        "double_stream_modulation_img.lin.weight": (6 * h, h),
+        "double_stream_modulation_txt.lin.weight": (6 * h, h),
+        "single_stream_modulation.lin.weight": (3 * h, h),
+    }
+    for n in range(double):
+        for stream in ("img", "txt"):
+            at = f"double_blocks.{n}.{stream}"
+            shapes |= {f"{at}_attn.norm.{which}_norm.scale": (128,) for which in ("query", "key")}
+            shapes |= {f"{at}_attn.qkv.weight": (3 * h, h), f"{at}_attn.proj.weight": (h, h)}
+            shapes |= {f"{at}_mlp.0.weight": (6 * h, h), f"{at}_mlp.2.weight": (h, 3 * h)}
+    for n in range(single):
+        at = f"single_blocks.{n}"
+        shapes |= {f"{at}.norm.{which}_norm.scale": (128,) for which in ("query", "key")}
+        shapes |= {f"{at}.linear1.weight": (9 * h, h), f"{at}.linear2.weight": (h, 4 * h)}
+    return shapes | {"final_layer.linear.weight": (128, h), "final_layer.adaLN_modulation.1.weight": (2 * h, h)}
+
+
+def flux2_diffusers(
+    hidden: int, text_width: int, double: int, single: int, head: int = 128
+) -> dict[str, tuple[int, ...]]:
+    """The transformer as diffusers saves it: 169 tensors for klein 4B."""
+    h = hidden
+    shapes: dict[str, tuple[int, ...]] = {
+        "time_guidance_embed.timestep_embedder.linear_1.weight": (h, 256),
+        "time_guidance_embed.timestep_embedder.linear_2.weight": (h, h),
+        "double_stream_modulation_img.linear.weight": (6 * h, h),
+        "double_stream_modulation_txt.linear.weight": (6 * h, h),
+        "single_stream_modulation.linear.weight": (3 * h, h),
+        "x_embedder.weight": (h, 128),
+        "context_embedder.weight": (h, text_width),
+    }
+    for n in range(double):
+        at = f"transformer_blocks.{n}"
+        square = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+        shapes |= {f"{at}.attn.{name}.weight": (h, h) for name in square}
+        shapes |= {f"{at}.attn.{name}.weight": (head,) for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")}
+        for ff in ("ff", "ff_context"):
+            shapes |= {f"{at}.{ff}.linear_in.weight": (6 * h, h), f"{at}.{ff}.linear_out.weight": (h, 3 * h)}
+    for n in range(single):
+        at = f"single_transformer_blocks.{n}.attn"
+        shapes |= {f"{at}.to_qkv_mlp_proj.weight": (9 * h, h), f"{at}.to_out.weight": (h, 4 * h)}
+        shapes |= {f"{at}.norm_q.weight": (head,), f"{at}.norm_k.weight": (head,)}
+    return shapes | {"norm_out.linear.weight": (2 * h, h), "proj_out.weight": (128, h)}
+
+
+def flux1() -> dict[str, tuple[int, ...]]:
+    """FLUX.1's tells under its own names, with all 19 + 38 blocks."""
+    h = 3072
+    shapes: dict[str, tuple[int, ...]] = {
+        "img_in.weight": (h, 64),
+        "txt_in.weight": (h, 4096),
+        "vector_in.in_layer.weight": (h, 768),
+        "guidance_in.in_layer.weight": (h, 256),
+    }
+    for n in range(19):
+        shapes |= {
+            f"double_blocks.{n}.img_attn.qkv.weight": (3 * h, h),
+            f"double_blocks.{n}.img_mod.lin.weight": (6 * h, h),
+        }
+    for n in range(38):
+        shapes |= {f"single_blocks.{n}.linear1.weight": (7 * h, h), f"single_blocks.{n}.linear2.weight": (h, 5 * h)}
+    return shapes
+
+
+def flux1_diffusers() -> dict[str, tuple[int, ...]]:
+    """FLUX.1's tells as diffusers saves them."""
+    h = 3072
+    shapes: dict[str, tuple[int, ...]] = {
+        "x_embedder.weight": (h, 64),
+        "context_embedder.weight": (h, 4096),
+        "time_text_embed.text_embedder.linear_1.weight": (h, 768),
+    }
+    for n in range(19):
+        shapes[f"transformer_blocks.{n}.ff.net.0.proj.weight"] = (4 * h, h)
+    for n in range(38):
+        shapes[f"single_transformer_blocks.{n}.proj_mlp.weight"] = (4 * h, h)
+    return shapes
+
+
+def qwen3(
+    hidden: int, mlp: int, heads: int, layers: int = 36, kv: int = 8, vocabulary: int = 151936, head: int = 128
+) -> dict[str, tuple[int, ...]]:
+    """A Qwen3 text encoder, its output tied to the vocabulary: 398 tensors for Qwen3 4B."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    for n in range(layers):
+        at = f"model.layers.{n}"
+        shapes |= {f"{at}.input_layernorm.weight": (hidden,), f"{at}.post_attention_layernorm.weight": (hidden,)}
+        shapes |= {f"{at}.self_attn.q_norm.weight": (head,), f"{at}.self_attn.k_norm.weight": (head,)}
+        shapes |= {f"{at}.self_attn.q_proj.weight": (heads * head, hidden)}
+        shapes |= {f"{at}.self_attn.{name}_proj.weight": (kv * head, hidden) for name in "kv"}
+        shapes |= {f"{at}.self_attn.o_proj.weight": (hidden, heads * head)}
+        shapes |= {f"{at}.mlp.gate_proj.weight": (mlp, hidden), f"{at}.mlp.up_proj.weight": (mlp, hidden)}
+        shapes |= {f"{at}.mlp.down_proj.weight": (hidden, mlp)}
+    return shapes | {"model.norm.weight": (hidden,)}
+
+
+def qwen3_vl() -> dict[str, tuple[int, ...]]:
+    """Qwen3-VL 4B as ComfyUI's files have it: the text model of Qwen3 4B, and a vision tower."""
+    return {**qwen3(**QWEN3_4B), "model.visual.patch_embed.proj.weight": (1024, 3, 2, 16, 16)}
+
+
+def mistral() -> dict[str, tuple[int, ...]]:
+    """Mistral Small 24B, FLUX.2 [dev]'s text encoder: no query norms."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (131072, 5120)}
+    for n in range(40):
+        at = f"model.layers.{n}"
+        shapes |= {f"{at}.post_attention_layernorm.weight": (5120,), f"{at}.mlp.gate_proj.weight": (32768, 5120)}
+    return shapes
+
+
+def t5(vocabulary: int = 32128) -> dict[str, tuple[int, ...]]:
+    """T5-XXL's encoder, or with a larger vocabulary UMT5-XXL's."""
+    shapes: dict[str, tuple[int, ...]] = {"shared.weight": (vocabulary, 4096)}
+    for n in range(24):
+        shapes |= {f"encoder.block.{n}.layer.1.DenseReluDense.wi_{m}.weight": (10240, 4096) for m in (0, 1)}
+    return shapes
+
+
+def clip(width: int, mlp: int, layers: int) -> dict[str, tuple[int, ...]]:
+    """A CLIP text model: CLIP-L (768, 3072, 12), CLIP-G (1280, 5120, 32)."""
+    return {f"text_model.encoder.layers.{n}.mlp.fc1.weight": (mlp, width) for n in range(layers)}
+
+
+def _layer(at: str, *shape: int) -> dict[str, tuple[int, ...]]:
+    return {f"{at}.weight": shape, f"{at}.bias": shape[:1]}
+
+
+def _resnet(at: str, cin: int, cout: int, shortcut: str = "nin_shortcut") -> dict[str, tuple[int, ...]]:
+    shapes = _layer(f"{at}.norm1", cin) | _layer(f"{at}.conv1", cout, cin, 3, 3)
+    shapes |= _layer(f"{at}.norm2", cout) | _layer(f"{at}.conv2", cout, cout, 3, 3)
+    return shapes | (_layer(f"{at}.{shortcut}", cout, cin, 1, 1) if cin != cout else {})
+
+
+def _middle(at: str, width: int) -> dict[str, tuple[int, ...]]:
+    shapes = _resnet(f"{at}.block_1", width, width) | _resnet(f"{at}.block_2", width, width)
+    shapes |= _layer(f"{at}.attn_1.norm", width)
+    for name in ("q", "k", "v", "proj_out"):
+        shapes |= _layer(f"{at}.attn_1.{name}", width, width, 1, 1)
+    return shapes
+
+
+def vae(
+    channels: int = 32, statistics: bool = True, encoder: bool = True, width: int = 128
+) -> dict[str, tuple[int, ...]]:
+    """An autoencoder under LDM names, as `ae.safetensors` has them; `width` is the decoder's, 96 in the small one."""
+    shapes = _encoder(channels) if encoder else {}
+    wide = 4 * width
+    shapes |= _layer("decoder.post_quant_conv", channels, channels, 1, 1) if channels != 16 else {}
+    shapes |= _layer("decoder.conv_in", wide, channels, 3, 3) | _middle("decoder.mid", wide)
+    cin = wide
+    for level, cout in ((3, wide), (2, wide), (1, 2 * width), (0, width)):
+        for n in range(3):
+            shapes |= _resnet(f"decoder.up.{level}.block.{n}", cin, cout)
+            cin = cout
+        shapes |= _layer(f"decoder.up.{level}.upsample.conv", cout, cout, 3, 3) if level else {}
+    shapes |= _layer("decoder.norm_out", width) | _layer("decoder.conv_out", 3, width, 3, 3)
+    return shapes | _statistics(channels, statistics)
+
+
+def _encoder(channels: int) -> dict[str, tuple[int, ...]]:
+    shapes = _layer("encoder.conv_in", 128, 3, 3, 3)
+    cin = 128
+    for level, cout in enumerate((128, 256, 512, 512)):
+        for n in range(2):
+            shapes |= _resnet(f"encoder.down.{level}.block.{n}", cin, cout)
+            cin = cout
+        shapes |= _layer(f"encoder.down.{level}.downsample.conv", cout, cout, 3, 3) if level < 3 else {}
+    shapes |= _middle("encoder.mid", 512) | _layer("encoder.norm_out", 512)
+    shapes |= _layer("encoder.conv_out", 2 * channels, 512, 3, 3)
+    return shapes | (_layer("encoder.quant_conv", 2 * channels, 2 * channels, 1, 1) if channels != 16 else {})
+
+
+def vae_diffusers(
+    channels: int = 32, statistics: bool = True, width: int = 128, first: Iterable[int] = (3, 3)
+) -> dict[str, tuple[int, ...]]:
+    """An autoencoder's tells as diffusers saves it."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "encoder.conv_in.weight": (128, 3, 3, 3),
+        "decoder.conv_in.weight": (4 * width, channels, *first),
+        "decoder.conv_out.weight": (3, width, 3, 3),
+    }
+    for n in range(2):
+        shapes |= _resnet(f"decoder.mid_block.resnets.{n}", 4 * width, 4 * width, "conv_shortcut")
+    return shapes | _statistics(channels, statistics)
+
+
+def _statistics(channels: int, wanted: bool) -> dict[str, tuple[int, ...]]:
+    if not wanted:
+        return {}
+    return {
+        "bn.running_mean": (4 * channels,),
+        "bn.running_var": (4 * channels,),
+        "bn.num_batches_tracked": (),
+    }
+
+
+def lora(layers: Shapes, rank: int = 16, style: str = "peft") -> dict[str, tuple[int, ...]]:
+    """An adapter of `layers` (their weights' names and shapes), as `peft` or `kohya` names its two factors."""
+    down, up = ("lora_A", "lora_B") if style == "peft" else ("lora_down", "lora_up")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (out, inside) in layers.items():
+        layer = name.removesuffix(".weight")
+        layer = f"diffusion_model.{layer}" if style == "peft" else "lora_unet_" + layer.replace(".", "_")
+        shapes |= {f"{layer}.{down}.weight": (rank, inside), f"{layer}.{up}.weight": (out, rank)}
+        if style == "kohya":
+            shapes[f"{layer}.alpha"] = ()
+    return shapes
+
+
+def matrices(shapes: Shapes, *words: str) -> dict[str, tuple[int, ...]]:
+    """The 2-D tensors whose names hold one of `words`."""
+    return {name: shape for name, shape in shapes.items() if len(shape) == 2 and any(word in name for word in words)}
+
+
+def write_gguf(
+    path: Path, shapes: Shapes, architecture: str = "", kind: int = 8, words: int = 0, missing: int = 0
+) -> Path:
+    """A sparse GGUF file of those tensors (shapes in torch's order), with a tokenizer of `words` words."""
+    values = [_gguf_text("general.architecture") + _gguf_string(architecture)] if architecture else []
+    if words:
+        tokens = b"".join(_gguf_text(f"word{n}") for n in range(words))
+        values.append(_gguf_text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, words) + tokens)
+    front = b"GGUF" + struct.pack("<IQQ", 3, len(shapes), len(values)) + b"".join(values)
+    _, elements, nbytes = GGML_TYPES[kind]
+    at = 0
+    for name, shape in shapes.items():
+        front += _gguf_text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+        front += struct.pack("<IQ", kind, at)
+        at += -(-math.prod(shape) // elements * nbytes // 32) * 32
+    start = -(-len(front) // 32) * 32
+    with path.open("wb") as file:
+        file.write(front)
+        file.truncate(start + at - missing)
+    return path
+
+
+def _gguf_text(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _gguf_string(text: str) -> bytes:
+    return struct.pack("<I", 8) + _gguf_text(text)
