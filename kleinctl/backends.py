@@ -85,7 +85,11 @@ Progress = Callable[[str, int, int], None]
 
 
 class Session(Protocol):
-    """A loaded model that makes pictures, in the worker process."""
+    """A loaded model that makes pictures, in the worker process.
+
+    It may have `warnings`, a list of sentences about the last picture (kleinctl shows and empties it), and `dtype`,
+    the precision it computes in where that is not the manifest's.
+    """
 
     #: How the weights are held, in one or two words; goes into the record of each picture.
     strategy: str

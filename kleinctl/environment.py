@@ -249,6 +249,11 @@ def remove(name: str) -> None:
         raise KleinctlError(Problem(f"{name} is in use", why, "end what runs in it, and try again")) from None
 
 
+def names() -> list[str]:
+    """The names of all managed environments, the broken ones too."""
+    return [folder.name for folder in _folders()]
+
+
 def _folders() -> list[Path]:
     try:
         return sorted(path for path in envs_folder().iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -356,7 +361,7 @@ def _check_system(hardware: Hardware) -> None:
         why = f"kleinctl makes them for Linux and Windows on x86-64; this is {hardware.os} on {hardware.machine}."
         fix = "pip install torch diffusers transformers accelerate"
         raise _no_build("there is no environment for this system", why, fix)
-    if python is None:
+    if python is None or python.version == "unknown":
         return
     fix = "uv tool install --python 3.12 kleinctl"
     if python.bits != 64:

@@ -132,7 +132,7 @@ class Builder:
         found = offered_build({each["name"]: each["version"] for each in offered})
         if found == wanted.name or (self.allow_large and wanted.cuda is None):
             return source
-        why = f"{wanted.index} cannot be reached, and pip's own index has a {found} torch ({len(offered)} packages)."
+        why = f"{wanted.index} cannot be reached, and pip's own index has the {found} build."
         fix = f"PIP_EXTRA_INDEX_URL=https://YOUR-MIRROR/whl/{wanted.name} kleinctl install"
         raise self.failure(why, fix, what=f"torch {wanted.torch} ({wanted.name}) cannot be had")
 

@@ -225,7 +225,7 @@ class ProcessWorker:
                 if reply is None:
                     raise WorkerDied(self._death())
                 return reply
-        if hasattr(signal, "SIGUSR1"):
+        if sys.platform != "win32":
             self._process.send_signal(signal.SIGUSR1)  # the log then tells where it hangs
             time.sleep(0.2)
         self.stop()
@@ -241,7 +241,7 @@ class ProcessWorker:
 
     def _ended(self, seconds: float) -> bool:
         """Whether the process ends within `seconds`. It stays a zombie, so that its group can still be ended safely."""
-        if not hasattr(os, "waitid"):
+        if sys.platform == "win32":
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(seconds)
             return self._process.returncode is not None
@@ -363,7 +363,7 @@ def _in_main_thread() -> bool:
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
     """Kill a process that has not been waited for, and what it has started."""
-    if hasattr(os, "killpg"):
+    if sys.platform != "win32":
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         return

@@ -189,8 +189,9 @@ def _with_the_others(failures: Sequence[Problem]) -> Problem:
 
 def partial_file(part: Part) -> Path:
     """Where what has arrived of `part` lies."""
-    source = part.sources[0]
-    words = f"{source.repo or source.package}@{source.revision}/{source.path}"
+    words = part.ref
+    for source in part.sources[:1]:
+        words = f"{source.repo or source.package}@{source.revision}/{source.path}"
     name = part.sha256 or "unverified-" + hashlib.sha256(words.encode()).hexdigest()[:32]
     return downloads_folder() / f"{name}.partial"
 
@@ -361,13 +362,13 @@ class _Fetch:
         if offline():
             raise Failed(offline_problem([self.part]))
         url = source.url(endpoint())
-        fruitless = 0
+        fruitless, furthest = 0, self.partial.size
         while True:
-            before = self.partial.size
             try:
                 return self._try(source, url)
             except Failed as failure:
-                fruitless = 1 if self.partial.size > before else fruitless + 1
+                fruitless = 1 if self.partial.size > furthest else fruitless + 1
+                furthest = max(furthest, self.partial.size)
                 patience = self.patience
                 pause = failure.wait if failure.wait is not None else patience.backoff * 2 ** (fruitless - 1)
                 allowed = patience.retries if self.received or failure.problem.name != "hub-unreachable" else 1

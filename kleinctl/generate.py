@@ -15,7 +15,8 @@ from kleinctl.executors import Executor, ProcessExecutor, WorkerHandle
 from kleinctl.manifest import Model
 from kleinctl.pictures import reference
 from kleinctl.problem import KleinctlError, Misuse, Problem
-from kleinctl.records import RECORD_SCHEMA, sha256
+from kleinctl.records import RECORD_SCHEMA
+from kleinctl.verify import hash_file
 from kleinctl.worker.protocol import Generate, Load, Loaded, Made, Progress
 
 SCHEMA = "kleinctl.run/1"
@@ -223,7 +224,7 @@ class Painter:
             "height": job.height,
             "steps": job.steps,
             "guidance": job.guidance,
-            "images": [{"name": path.name, "sha256": sha256(path)} for path in job.images],
+            "images": [{"name": path.name, "sha256": hash_file(path)} for path in job.images],
             "model": self._request.model.name,
             "variant": self._request.model.variant,
             "parts": dict(self._request.parts),

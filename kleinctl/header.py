@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ MAX_JSON = 100_000_000
 MAX_TENSORS = 100_000
 MAX_COMMAS = 1_000_000
 MAX_AXES = 8
+MAX_NAME = 500  # characters
 MAX_DIGITS = 18
 #: GGUF files carry their tokenizer: 150,000 words and as many merges, about 6 MB.
 MAX_GGUF_BYTES = 64_000_000
@@ -126,7 +128,7 @@ def read_safetensors(file: BinaryIO, size: int) -> Header:
     tensors = {}
     spans = []
     for name, entry in entries.items():
-        tensors[name], span = _tensor(name, entry)
+        tensors[_name(name)], span = _tensor(name, entry)
         spans.append(span)
     return Header(tensors, metadata, 8 + length + _contiguous(spans))
 
@@ -169,12 +171,18 @@ def _tensor(name: str, entry: Any) -> tuple[Tensor, tuple[int, int]]:
         whole = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
     except (TypeError, KeyError, ValueError):
         whole = False
-    if not whole or not isinstance(dtype, str) or len(shape) > MAX_AXES or begin > end:
+    if not whole or not re.fullmatch(r"\w{1,20}", str(dtype), re.ASCII) or len(shape) > MAX_AXES or begin > end:
         raise BadHeader(f"describes no tensor under {name[:60]!r}")
-    bits = DTYPE_BITS.get(dtype)
+    bits = DTYPE_BITS.get(str(dtype))
     if bits and (math.prod(shape) * bits + 7) // 8 != end - begin:
         raise BadHeader(f"gives {name[:60]!r} {end - begin:,} bytes, which its shape {shape} in {dtype} does not take")
-    return Tensor(dtype, tuple(shape), end - begin), (begin, end)
+    return Tensor(str(dtype), tuple(shape), end - begin), (begin, end)
+
+
+def _name(name: str) -> str:
+    if len(name) > MAX_NAME:
+        raise BadHeader(f"has a tensor whose name is {len(name):,} characters long")
+    return name
 
 
 def _contiguous(spans: list[tuple[int, int]]) -> int:
@@ -236,7 +244,7 @@ def _gguf_value(bites: _Bites) -> Any:
 
 def _gguf_tensors(bites: _Bites, count: int) -> Iterator[tuple[str, Tensor, int]]:
     for _ in range(count):
-        name = bites.string()
+        name = _name(bites.string())
         axes = bites.number("I")
         if axes > MAX_AXES:
             raise BadHeader(f"gives {name[:60]!r} {axes} axes")

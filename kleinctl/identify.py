@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from kleinctl import header as formats
 from kleinctl.header import BadHeader, CutHeader, Header, Tensor
+from kleinctl.lora import LORA_MARKS, Lora, identify_lora
 from kleinctl.manifest import Model, Part
 from kleinctl.signatures import INPUTS, SIGNATURES, TITLES, Names, Signature
 from kleinctl.units import bytes_text
@@ -98,20 +99,6 @@ class Vae:
 
 
 @dataclass(frozen=True)
-class Lora:
-    """An adapter. `hidden` is the width of the blocks it was made for; the last block numbers are None if untouched."""
-
-    path: Path
-    family: str
-    layout: str
-    dtype: str
-    rank: int | None
-    hidden: int | None
-    last_double: int | None
-    last_single: int | None
-
-
-@dataclass(frozen=True)
 class LfsPointer:
     """The note that git leaves where a file should be: sha256 and size (bytes) of the file it stands for."""
 
@@ -190,6 +177,7 @@ def identify(
 
 
 _HEAD = 4096  # bytes looked at before a format is chosen
+_SHARED = ("family", "layout", "dtype")  # what an identity and its facts both say
 
 
 class _Look:
@@ -244,8 +232,9 @@ class _Look:
         """Role, family, facts and the rest that a header tells."""
         dtype = _dtype(header.tensors) or "unknown"
         listing = "\n".join(header.tensors)
-        if any(mark in listing for mark in _LORA_MARKS):
-            return _lora(self.path, header.tensors, dtype)
+        if any(mark in listing for mark in LORA_MARKS):
+            lora = identify_lora(self.path, header.tensors, dtype)
+            return {**{key: getattr(lora, key) for key in _SHARED}, "role": "lora", "facts": lora, "saw": lora.saw}
         tensors, mixed = _plain_names(_packed_shapes(header.tensors), header.metadata)
         names = Names(tensors)
         for signature in self.signatures:
@@ -265,7 +254,7 @@ class _Look:
     def facts(self, found: Mapping[str, str], names: Names, scales: str | None) -> Facts | None:
         """The numbers that pairing needs, where the header has them all."""
         role, family = found["role"], found["family"]
-        common = {"path": self.path, **{key: found[key] for key in ("family", "layout", "dtype")}}
+        common = {"path": self.path, **{key: found[key] for key in _SHARED}}
         blocks = {"scales": scales, "shard": _shard(self.path.name)}
         if role == "transformer":
             model = self.part.model if self.part else next((m.name for m in self.models if m.family == family), None)
@@ -364,7 +353,7 @@ def _json_saw(file: BinaryIO, size: int) -> str:
         return f"a server's error saved in place of the file: {_quoted(str(value['error']).encode())}"
     if isinstance(value.get("weight_map"), dict):
         return f"JSON: index of {len({str(shard) for shard in value['weight_map'].values()})} shards"
-    about = value.get("_class_name") or value.get("architectures")
+    about = value.get("_class_name") or value.get("model_type")
     return f"JSON: configuration of {_quoted(str(about).encode())[1:-1]}" if about else "JSON, no weights"
 
 
@@ -478,8 +467,8 @@ def _unknown_saw(tensors: Mapping[str, Tensor]) -> str:
     if not tensors:
         return "no tensors"
     largest = sorted(tensors.items(), key=lambda item: -math.prod(item[1].shape))[:3]
-    shown = ", ".join(f"{name[:60]} {list(tensor.shape)}" for name, tensor in largest)
-    return f"{len(tensors)} tensors of a model that is not known here; the largest: {shown}"
+    shown = ", ".join(f"{_quoted(name.encode())[1:-1]} {list(tensor.shape)}" for name, tensor in largest)
+    return f"{len(tensors)} tensor{'s' * (len(tensors) != 1)} of a model that is not known here; the largest: {shown}"
 
 
 _TEXT_INPUT = ("txt_in.weight", "context_embedder.weight", "cap_embedder.1.weight")
@@ -541,7 +530,7 @@ def _remarks(facts: Facts | None, variant_told: bool) -> list[str]:
         if facts.family in ("flux2-klein-4b", "flux2-klein-9b") and not variant_told:
             remarks.append("base and distilled look alike")
     if isinstance(facts, TextEncoder) and facts.layers:
-        remarks.append(f"{facts.layers} layers")
+        remarks.append(f"{facts.layers} layer{'s' * (facts.layers != 1)}")
     if isinstance(facts, Vae):
         if not facts.encoder:
             remarks.append("decoder only, so it cannot read pictures for an edit")
@@ -553,105 +542,3 @@ def _remarks(facts: Facts | None, variant_told: bool) -> list[str]:
         if facts.shard:
             remarks.append(f"shard {facts.shard[0]} of {facts.shard[1]}")
     return remarks
-
-
-# Adapters.
-
-_LORA_MARKS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", ".lokr_w", ".hada_w")
-_LORA_NAME = re.compile(
-    r"(.+)\.(lora_A|lora_down|lora\.down|lora_B|lora_up|lora\.up|lokr_w[12](?:_[ab])?|hada_w[12]_[ab])(?:\.[\w.]*weight)?"
-)
-_LORA_BLOCK = re.compile(r"(single_)?(?:double_)?(?:transformer_)?blocks[._](\d{1,4})[._]")
-# Layers whose width, in hidden widths, differs between FLUX.1 and FLUX.2 (no biases, shared modulation, gated MLP of
-# ratio 3): end of the layer's name, 0 for its outputs or 1 for its inputs, and what each ratio means.
-_LORA_TELLS: tuple[tuple[str, int, dict[int, str]], ...] = (
-    ("single_blocks_linear1", 0, {9: "flux2", 7: "flux1"}),
-    ("single_blocks_linear2", 1, {4: "flux2", 5: "flux1"}),
-    ("mlp_0", 0, {6: "flux2", 4: "flux1"}),
-    ("mlp_2", 1, {3: "flux2", 4: "flux1"}),
-    ("to_qkv_mlp_proj", 0, {9: "flux2"}),
-    ("linear_in", 0, {6: "flux2"}),
-    ("linear_out", 1, {3: "flux2"}),
-    ("net_0_proj", 0, {4: "flux1"}),
-    ("proj_mlp", 0, {4: "flux1"}),
-)
-_FLUX2_BY_WIDTH = {3072: "flux2-klein-4b", 4096: "flux2-klein-9b", 6144: "flux2-dev"}
-_UNET_WORDS = ("down_blocks", "up_blocks", "input_blocks", "output_blocks")
-_KLEIN_4B_LAST = (4, 19)  # its highest double and single block; FLUX.1, as wide, has 18 and 37
-
-
-def _lora(path: Path, tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Any]:
-    layers, rank = _lora_layers(tensors)
-    blocks = {name: found for name in layers if (found := _LORA_BLOCK.search(name + "."))}
-    if any(word in name for name in layers for word in _UNET_WORDS):
-        blocks = {}
-    last_double = max((int(found[2]) for found in blocks.values() if not found[1]), default=None)
-    last_single = max((int(found[2]) for found in blocks.values() if found[1]), default=None)
-    hidden = min((min(layers[name]) for name in blocks), default=None)
-    family = _lora_family(layers, hidden, last_double, last_single)
-    layout = "diffusers" if any("transformer_blocks" in name for name in layers) else "single-file"
-    facts = Lora(path, family, layout, dtype, rank, hidden, last_double, last_single)
-    return {"saw": _lora_saw(facts), "role": "lora", "family": family, "layout": layout, "dtype": dtype, "facts": facts}
-
-
-def _lora_layers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[int, int]], int | None]:
-    """Outputs and inputs of each adapted layer, and the usual rank. A LoKr's are products of its two factors."""
-    pieces: dict[str, dict[str, tuple[int, ...]]] = {}
-    ranks: Counter[int] = Counter()
-    for name, tensor in tensors.items():
-        found = _LORA_NAME.fullmatch(name)
-        if found and len(tensor.shape) >= 2:
-            kind = found[2].replace("lora.", "lora_").replace("_A", "_down").replace("_B", "_up")
-            pieces.setdefault(found[1], {})[kind] = tensor.shape
-            if kind == "lora_down":
-                ranks[tensor.shape[0]] += 1
-    layers = {}
-    for layer, shapes in pieces.items():
-        one, two = _factor(shapes, "lokr_w1"), _factor(shapes, "lokr_w2")
-        if "lora_down" in shapes and "lora_up" in shapes:
-            layers[layer] = (shapes["lora_up"][0], shapes["lora_down"][1])
-        elif one and two:
-            layers[layer] = (one[0] * two[0], one[1] * two[1])
-        elif "hada_w1_a" in shapes and "hada_w1_b" in shapes:
-            layers[layer] = (shapes["hada_w1_a"][0], shapes["hada_w1_b"][1])
-    return layers, ranks.most_common(1)[0][0] if ranks else None
-
-
-def _factor(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, int] | None:
-    whole, a, b = shapes.get(name), shapes.get(f"{name}_a"), shapes.get(f"{name}_b")
-    return (whole[0], whole[1]) if whole else (a[0], b[1]) if a and b else None
-
-
-def _lora_family(
-    layers: Mapping[str, tuple[int, int]], hidden: int | None, last_double: int | None, last_single: int | None
-) -> str:
-    if not hidden:
-        return "unknown"
-    for name, shape in layers.items():
-        flat = re.sub(r"[._]\d+(?=[._](?:linear|proj))", "", name).replace(".", "_")
-        for end, axis, meaning in _LORA_TELLS:
-            if flat.endswith(end) and shape[axis] % hidden == 0 and (kin := meaning.get(shape[axis] // hidden)):
-                return "flux1" if kin == "flux1" else _FLUX2_BY_WIDTH.get(hidden, "flux2-other")
-    if hidden in (4096, 6144):
-        return _FLUX2_BY_WIDTH[hidden]
-    if hidden == 3072:
-        last = (last_double if last_double is not None else -1, last_single if last_single is not None else -1)
-        if last[0] > _KLEIN_4B_LAST[0] or last[1] > _KLEIN_4B_LAST[1]:
-            return "flux1"
-        if last[0] == _KLEIN_4B_LAST[0] or last[1] == _KLEIN_4B_LAST[1]:
-            return "flux2-klein-4b"
-    return "unknown"
-
-
-def _lora_saw(lora: Lora) -> str:
-    about = f"LoRA of rank {lora.rank}" if lora.rank else "LoRA"
-    if lora.family != "unknown":
-        about += f" for {title(lora.family)}"
-    elif lora.hidden == 3072:
-        about += " for FLUX.1 or FLUX.2 [klein] 4B (the layers it changes are as wide in both)"
-    else:
-        about += " for a model that is not known here"
-    reach = [f"{lora.hidden} wide"] if lora.hidden else []
-    reach += [f"double blocks up to {lora.last_double}"] if lora.last_double is not None else []
-    reach += [f"single blocks up to {lora.last_single}"] if lora.last_single is not None else []
-    return f"{', '.join(reach)}: {about}" if reach else about

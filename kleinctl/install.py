@@ -23,7 +23,7 @@ from kleinctl.units import bytes_text
 #: Room wanted over what the files take, for whatever else writes to the disk meanwhile.
 MARGIN = 1.05
 
-Action = Literal["present", "adopt", "package", "download"]
+Action = Literal["present", "adopt", "package", "download", "missing"]
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,9 @@ def _step(model: Model, layout: str, part: Part, stamps: Stamps, folders: Sequen
     if found:
         disk = 0 if store.can_link(found, target) else size
         return Step(part, "adopt", str(found), target, accepted, found, disk_bytes=disk)
-    source = part.sources[0]
+    source = next(iter(part.sources), None)
+    if source is None:
+        return Step(part, "missing", "nowhere", target, accepted)
     if source.package:
         return Step(part, "package", source.package, target, accepted, disk_bytes=size)
     missing = max(0, size - fetch.arrived_bytes(part))
@@ -144,7 +146,7 @@ def _step(model: Model, layout: str, part: Part, stamps: Stamps, folders: Sequen
 
 
 def _problems(model: Model, steps: Sequence[Step], allow_unverified: bool) -> Iterator[Problem]:
-    new = [step for step in steps if step.action in ("package", "download")]
+    new = [step for step in steps if step.action in ("package", "download", "missing")]
     if model.accept_licence and new and not licence_accepted(model):
         yield Problem(
             f"the licence of {model.name} has not been accepted",
@@ -153,12 +155,20 @@ def _problems(model: Model, steps: Sequence[Step], allow_unverified: bool) -> It
             name="licence-not-accepted",
         )
     for step in new:
-        if step.part.sha256 is None and not allow_unverified:
+        if step.part.sha256 is None and step.action != "missing" and not allow_unverified:
             yield Problem(
                 f"{step.part.name} cannot be verified",
                 f"A sha256 is wanted; the manifest of {model.name} has none for it, so any file would do.",
                 f"kleinctl install --model {model.name} --allow-unverified",
                 name="part-unverified",
+            )
+        if step.action == "missing":
+            yield Problem(
+                f"{step.part.name} of {model.name} is not on this machine",
+                f"Its manifest names no source for it; it belongs at {step.target}.",
+                f"put it there, then: kleinctl install --model {model.name}",
+                name="part-without-source",
+                path=str(step.target),
             )
     downloads = [step.part for step in steps if step.action == "download"]
     if downloads and offline():

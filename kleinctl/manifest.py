@@ -69,7 +69,7 @@ class Part:
     role: str
     name: str
     to: Mapping[str, str] = field(hash=False)
-    sources: tuple[Source, ...]
+    sources: tuple[Source, ...] = ()
     size: int | None = None
     sha256: str | None = None
     licence: str = ""
@@ -197,6 +197,11 @@ class Model:
         """What the layout takes on disk, in bytes, as far as sizes are known."""
         return sum(part.size or 0 for part in self.parts_for(layout, precision))
 
+    @property
+    def is_packaged(self) -> bool:
+        """Whether every part comes with an installed package, so that no network is needed."""
+        return all(source.package for part in self.parts for source in part.sources)
+
     def unverified(self, layout: str, precision: str | None = None) -> tuple[Part, ...]:
         """Parts to install whose sha256 is not known."""
         return tuple(part for part in self.parts_for(layout, precision) if part.sha256 is None)
@@ -216,7 +221,7 @@ class Model:
         Raises:
             KleinctlError: it is no manifest.
         """
-        return _build(document, "", str(document.get("name", "manifest")))
+        return _build(document, "", _short(document.get("name", "")))
 
 
 def _without_defaults(record: Any) -> dict[str, Any]:
@@ -333,7 +338,9 @@ def _source(value: Any) -> Source:
         return Source(path=_inside(value["path"]), package=_package(value["package"]))
     if set(value) == {"repo", "revision", "path"}:
         return Source(path=_inside(value["path"]), repo=_repo(value["repo"]), revision=_revision(value["revision"]))
-    raise ValueError(f"repo, revision and path, or package and path; this has {', '.join(sorted(value)) or 'nothing'}")
+    raise ValueError(
+        f"repo, revision and path, or package and path; this has {', '.join(map(_word, sorted(value))) or 'nothing'}"
+    )
 
 
 _slug = _matching(r"[a-z0-9][a-z0-9._-]{0,63}", "a lower-case word such as klein-4b")
@@ -460,7 +467,7 @@ class _Reader:
 
     def note(self, place: Place, key: str, issue: str) -> None:
         line = self.lines.get((*place, key)) or self.lines.get(place, 0)
-        self.issues.append((line, f"{_label(place)}{key}: {issue}"))
+        self.issues.append((line, f"{_label(place)}{_word(key)}: {issue}"))
 
     def told(self) -> list[str]:
         return [f"line {line}: {issue}" if line else issue for line, issue in sorted(self.issues)]
@@ -470,7 +477,9 @@ class _Reader:
     ) -> dict[str, Any]:
         """The checked values of one table, whose keys are fields of `kind`."""
         if not isinstance(table, Mapping):
-            self.issues.append((self.lines.get(place, 0), f"{_label(place).strip(', ')}: wanted a table with {', '.join(spec)}"))
+            self.issues.append(
+                (self.lines.get(place, 0), f"{_label(place).strip(', ')}: wanted a table with {', '.join(spec)}")
+            )
             return {}
         values = {}
         for key, value in table.items():
@@ -502,6 +511,10 @@ class _Reader:
 
 def _label(place: Place) -> str:
     return "" if not place else f"[{place[0]}] " if len(place) == 1 else f"[[{place[0]}]] {place[1] + 1}, "
+
+
+def _word(key: str) -> str:
+    return key if key.isprintable() else repr(key)
 
 
 def _short(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from kleinctl import __version__
 from kleinctl.backends import Job
 from kleinctl.pngtext import read_text
 from kleinctl.problem import KleinctlError, Misuse, Problem
+from kleinctl.verify import hash_file
 
 RECORD_SCHEMA = "kleinctl.record/1"
 #: What a record may ask for: it may come from a stranger.
@@ -48,7 +48,9 @@ def _no_record(png: Path, why: str) -> KleinctlError:
 
 
 def job_from_record(record: Mapping[str, Any], images: Sequence[Path] = ()) -> Job:
-    """The job of a record. `images` are the reference pictures it was made from, in their order.
+    """The job of a record, whose `model` and `backend` are then known to be text.
+
+    `images` are the reference pictures it was made from, in their order; where there were none they are new ones.
 
     Raises:
         KleinctlError: the record is damaged, or `images` are not those pictures.
@@ -66,6 +68,8 @@ def job_from_record(record: Mapping[str, Any], images: Sequence[Path] = ()) -> J
         wanted = [(str(each["name"]), str(each["sha256"])) for each in record["images"]]
         if job.width % 16 or job.height % 16:
             raise ValueError(f"{job.width}x{job.height}")
+        for key in ("model", "backend"):
+            _checked(record[key], str)
     except (KeyError, TypeError, ValueError) as error:
         raise KleinctlError(
             Problem(
@@ -87,18 +91,20 @@ def _checked(value: Any, kind: Any, least: float = -math.inf, most: float = math
 
 
 def _check_references(wanted: Sequence[tuple[str, str]], images: Sequence[Path]) -> None:
+    if not wanted:
+        return
     if len(wanted) != len(images):
         names = " ".join(f"--image {name}" for name, _ in wanted)
         raise Misuse(
             Problem(
                 f"the picture was made from {len(wanted)} reference pictures",
                 f"A record holds their names and sha256, not the pictures; {len(images)} were given.",
-                names or "leave --image out",
+                names,
                 name="references-missing",
             )
         )
     for (name, digest), path in zip(wanted, images, strict=True):
-        if sha256(path) != digest:
+        if hash_file(path) != digest:
             raise KleinctlError(
                 Problem(
                     f"{path.name} is not the reference picture {name}",
@@ -108,12 +114,3 @@ def _check_references(wanted: Sequence[tuple[str, str]], images: Sequence[Path])
                     path=str(path),
                 )
             )
-
-
-def sha256(path: Path) -> str:
-    """The sha256 of a file, in hex."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-        return digest.hexdigest()

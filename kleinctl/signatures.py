@@ -77,11 +77,13 @@ class Signature:
         """The numbers found for the words in `shapes`, or None when this is something else."""
         found: dict[str, int] = {}
         for name, shape in self.shapes.items():
-            fitting = [_compare(tensor.shape, shape, found) for tensor in names.all(name)]
-            numbers = next((numbers for numbers in fitting if numbers is not None), None)
-            if numbers is None:
+            for tensor in names.all(name):
+                words = _compare(tensor.shape, shape, found)
+                if words is not None:
+                    found = words
+                    break
+            else:
                 return None
-            found = numbers
         return found
 
 
@@ -107,20 +109,23 @@ class Names:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
+        self.found: dict[str, list[Tensor]] = {}
         self.patterns: dict[str, list[str]] = {}
         for name in tensors:
             self.patterns.setdefault(_BLOCK.sub("*", name), []).append(name)
 
     def all(self, pattern: str) -> list[Tensor]:
         """The tensors of that name; `*` stands for any block number."""
-        if "*" not in pattern:
-            return [self.tensors[pattern]] if pattern in self.tensors else []
-        wanted = pattern.split(".")
-        return [
-            self.tensors[name]
-            for name in self.patterns.get(_BLOCK.sub("*", pattern), ())
-            if all(want in ("*", have) for want, have in zip(wanted, name.split("."), strict=True))
-        ]
+        if pattern in self.tensors:
+            return [self.tensors[pattern]]
+        if "*" in pattern and pattern not in self.found:
+            wanted = pattern.split(".")
+            self.found[pattern] = [
+                self.tensors[name]
+                for name in self.patterns.get(_BLOCK.sub("*", pattern), ())
+                if all(want in ("*", have) for want, have in zip(wanted, name.split("."), strict=True))
+            ]
+        return self.found.get(pattern, [])
 
     def axis(self, axis: int, *patterns: str) -> int | None:
         """One axis of the first of these tensors that is there and has axes."""
@@ -152,11 +157,12 @@ INPUTS = {**{size.family: (size.text_width, 128) for size in _FLUX2}, "flux1": (
 
 
 def _flux2(family: str, hidden: int, text_width: int) -> list[Signature]:
-    seen = f"text input {text_width} wide: {TITLES[family]}"
+    # The text input alone decides, as it decides which text encoder fits; a cut-down model shows by its blocks' width.
+    seen = f"text input {text_width} wide, blocks {{hidden}} wide: {TITLES[family]}"
     blocks = f"FLUX.2 blocks {hidden} wide: {TITLES[family]}"
     return [
-        Signature("transformer", family, "single-file", {"txt_in.weight": (hidden, text_width)}, seen),
-        Signature("transformer", family, "diffusers", {"context_embedder.weight": (hidden, text_width)}, seen),
+        Signature("transformer", family, "single-file", {"txt_in.weight": ("hidden", text_width)}, seen),
+        Signature("transformer", family, "diffusers", {"context_embedder.weight": ("hidden", text_width)}, seen),
         # A shard has blocks only. FLUX.2's single block is 9 x hidden (FLUX.1's is 7 x), its double MLP 6 x hidden.
         Signature(
             "transformer", family, "single-file", {"single_blocks.*.linear1.weight": (9 * hidden, hidden)}, blocks

@@ -13,6 +13,7 @@ from kleinctl import __version__
 from kleinctl.backends import Job
 from kleinctl.checks import Result, own_checks, run_checks
 from kleinctl.checks.files import ROLES, FoundFile
+from kleinctl.environment import broken
 from kleinctl.home import home
 from kleinctl.planner import Candidate, Choice, choose, compare, default_job
 from kleinctl.plugins import Plugins
@@ -21,7 +22,7 @@ from kleinctl.problem import Problem
 if TYPE_CHECKING:
     from kleinctl.hardware import Hardware
     from kleinctl.identify import Identity
-    from kleinctl.manifest import Model, Part
+    from kleinctl.manifest import Model
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def survey(
     return Survey(
         hardware=hardware,
         results=tuple(results),
-        problems=(*plugins.problems, *(problem for result in results for problem in result.problems)),
+        problems=(*plugins.problems, *broken(), *(problem for result in results for problem in result.problems)),
         choice=choice,
         candidates=tuple(candidates),
         seconds=time.perf_counter() - start,
@@ -146,25 +147,17 @@ def _roots(model: Model, comfyui: Path | None) -> Iterator[tuple[str, Path]]:
 
 
 def _files(model: Model, layout: str, root: Path, plugins: Plugins) -> Iterator[FoundFile]:
-    from kleinctl import store
-
     for part in model.parts_for(layout):
-        path = store.confined(root, part.to[layout])
+        path = root / part.to[layout]  # confined by the manifest; people link the folders of their ComfyUI elsewhere
         if part.role in ROLES and path.suffix in (".safetensors", ".gguf") and path.exists():
             identity = _identify(path, plugins)
-            yield FoundFile(
-                path, identity, model.name, part.id, part.role, _family(model, part), part.size, _fix(model)
-            )
+            yield FoundFile(path, identity, model.name, part.id, part.role, part.family, part.size, _fix(model))
 
 
 def _identify(path: Path, plugins: Plugins) -> Identity:
     from kleinctl.identify import identify
 
     return identify(path, signatures=[offer.thing for offer in plugins.offers("kleinctl_signatures")])
-
-
-def _family(model: Model, part: Part) -> str:
-    return part.family or model.family
 
 
 def _fix(model: Model) -> str:

@@ -62,18 +62,19 @@ class Verdict:
         if self.status == "missing":
             return "is missing", f"{part.ref} should be at {self.path}."
         if self.status == "unreadable":
-            return "cannot be read", f"{part.ref} is at {self.path}, which is {self._inside()}."
+            reason = self.identity.saw if self.identity else "cannot be read"
+            return "cannot be read", f"{part.ref} should be at {self.path}; it {reason}."
         if self.status == "wrong-size":
-            return f"is not {part.ref}", f"Wanted {part.size or 0:,} bytes, found {found}. It is {self._inside()}."
+            return f"is not {part.ref}", f"Wanted {part.size or 0:,} bytes, found {found}.{self._inside()}"
         if self.status == "wrong-hash":
             hashes = f"Wanted sha256 {(part.sha256 or '')[:12]}…, found {(self.found_sha256 or '')[:12]}…"
-            return f"is not {part.ref}", f"{hashes}, in {found}. It is {self._inside()}."
+            return f"is not {part.ref}", f"{hashes}, in {found}.{self._inside()}"
         return "could not be verified", f"No sha256 is known for {part.ref}; {found} were found."
 
     def _inside(self) -> str:
         if self.identity is None:
-            return "of unknown content"
-        return self.identity.part or f"{self.identity.kind} ({self.identity.saw})"
+            return ""
+        return f" It is {self.identity.part}." if self.identity.part else f" Inside: {self.identity.saw}."
 
     def to_json(self) -> dict[str, Any]:
         """The verdict as `verify --json` carries it."""
@@ -116,7 +117,8 @@ def verify_parts(
 ) -> list[Verdict]:
     """Compare files with the parts they should be, in the order given. All files are read to their end.
 
-    `progress(part, done, total)` in bytes is called from several threads. `models` help to name what a wrong file is.
+    `progress(part, done, total)` in bytes is called from several threads. `models` tell which other files are as right
+    in a part's place, and name what a wrong file is.
     """
     stop = threading.Event()
     # The longest first, so that no thread is left with a long file when the others have ended.
@@ -136,21 +138,29 @@ def verify_parts(
 def _verify(
     path: Path, part: Part, progress: Progress | None, models: Sequence[Model], stop: threading.Event
 ) -> Verdict:
+    accepted = _accepted(part, models)
     try:
         size = path.stat().st_size
-        if part.size is not None and size != part.size:
+        if size not in {one.size for one in accepted} and None not in {one.size for one in accepted}:
             return Verdict(path, part, "wrong-size", size, identity=identify(path, models))
         told = None if progress is None else lambda done: progress(part, done, size)
         found = hash_file(path, told, stop)
     except FileNotFoundError:
         return Verdict(path, part, "missing")
-    except OSError:
-        return Verdict(path, part, "unreadable", identity=identify(path))
+    except OSError as error:
+        reason = Identity(path, "unreadable", f"cannot be read: {error.strerror or error}")
+        return Verdict(path, part, "unreadable", identity=reason)
+    if found in {one.sha256 for one in accepted}:
+        return Verdict(path, part, "ok", size, found)
     if part.sha256 is None:
         return Verdict(path, part, "unverified", size, found)
-    if found != part.sha256:
-        return Verdict(path, part, "wrong-hash", size, found, identify(path, models, found))
-    return Verdict(path, part, "ok", size, found)
+    return Verdict(path, part, "wrong-hash", size, found, identify(path, models, found))
+
+
+def _accepted(part: Part, models: Sequence[Model]) -> list[Part]:
+    """The part, and those of its model that are as right in its place (two files are called flux2-vae.safetensors)."""
+    own = (other for model in models if model.name == part.model for other in model.parts)
+    return [part, *(other for other in own if set(part.to.items()) & set(other.to.items()))]
 
 
 def summary(verdicts: Sequence[Verdict]) -> str:

@@ -20,18 +20,18 @@ REQUIRES = (
 
 
 def open_references(paths: Sequence[Path]) -> list[Any] | None:
-    """The reference pictures as RGB, or None for text to image.
+    """The reference pictures as RGB, the right way up, or None for text to image.
 
     Raises:
         KleinctlError: one cannot be decoded.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     pictures = []
     for path in paths:
         try:
             with Image.open(path) as picture:
-                pictures.append(picture.convert("RGB"))
+                pictures.append(ImageOps.exif_transpose(picture).convert("RGB"))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             why = f"Pillow says: {error}."
             raise KleinctlError(

@@ -150,19 +150,22 @@ class Session:
     def _load_encoder(self) -> Any:
         """The text encoder without the layers whose states nobody reads.
 
-        `tie_last_hidden_states=False` keeps state 27 as it is; without it transformers hands out the normed one.
+        The last state that transformers hands out is the normed one, and after the cut that is a state that is read; so
+        the norm goes too. (Newer versions have `config.tie_last_hidden_states` for it, older ones ignore that.)
         """
+        from torch import nn
         from transformers import AutoConfig, Qwen3Model
 
         folder = self.model.folder / "text_encoder"
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         config.num_hidden_layers = self.model.manifest.shape.text_layers_read
-        config.tie_last_hidden_states = False
         if config.layer_types:
             config.layer_types = config.layer_types[: config.num_hidden_layers]
-        return Qwen3Model.from_pretrained(
+        encoder = Qwen3Model.from_pretrained(
             folder, config=config, dtype=self._dtype, device_map={"": self.budget.device}, local_files_only=True
         )
+        encoder.norm = nn.Identity()
+        return encoder
 
     def _denoise(self, job: Job, embeds: Any, negative: Any, references: Any, progress: Any) -> tuple[Any, Any]:
         """Latents as the VAE decodes them, (1, 32, height / 8, width / 8), and the pipeline that made them."""

@@ -321,10 +321,13 @@ def test_a_picture_without_our_record(chunks, says, tmp_path):
         {"guidance": float("nan")},
         {"prompt": None},
         {"images": ["x"]},
+        {"model": 3},
+        {"backend": ["rm"]},
     ],
 )
 def test_a_record_that_asks_for_the_impossible(change, tmp_path):
     record = {"prompt": "x", "width": 64, "height": 64, "seed": 1, "steps": 4, "guidance": 1, "images": []}
+    record |= {"model": "klein-4b", "backend": "echo"}
     assert job_from_record(record).guidance == 1.0
     with pytest.raises(KleinctlError) as caught:
         job_from_record({**record, **change})

@@ -61,6 +61,8 @@ def test_reads_names_shapes_and_length_as_the_library_does(tmp_path):
         (json.dumps({"a": entry(offsets=(4, 0))}), "describes no tensor under 'a'"),
         (json.dumps({"a": entry(offsets=(0.0, 4.0))}), "describes no tensor under 'a'"),
         (json.dumps({"a": entry(shape=[1] * 9)}), "describes no tensor under 'a'"),
+        (json.dumps({"a" * 501: entry()}), "has a tensor whose name is 501 characters long"),
+        (json.dumps({"a": entry(dtype="F32\n")}), "describes no tensor under 'a'"),
         (json.dumps({"a": entry(shape=(True,))}), "describes no tensor under 'a'"),
         (json.dumps({"a": entry(shape=(2,))}), "gives 'a' 4 bytes, which its shape [2] in F32 does not take"),
         (json.dumps({"a": entry(), "b": entry()}), "has tensors that overlap"),

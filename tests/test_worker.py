@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -19,6 +20,7 @@ from kleinctl.executors import ProcessExecutor, WorkerDied, importable, worker_e
 from kleinctl.exits import exit_text, looks_like_no_memory
 from kleinctl.home import logs_folder
 from kleinctl.problem import KleinctlError
+from kleinctl.units import GIB
 from kleinctl.worker import protocol
 from kleinctl.worker.log import LOGS_KEPT
 from kleinctl.worker.main import Stopwatch
@@ -373,3 +375,43 @@ def test_a_backend_that_reports_every_token_does_not_flood_the_pipe():
     for done in range(10_001):
         watch("denoise", done, 10_000)
     assert len(sent) < 50 and sent[0].done == 0 and sent[-1].done == 10_000
+
+
+needs_card = pytest.mark.skipif(not (Path("/dev/nvidia0").exists() or os.name == "nt"), reason="no NVIDIA card")
+
+
+@pytest.fixture
+def card():
+    """A worker with 4 GiB of a card."""
+    request = replace(load("on-gpu", "tests.plugins.on_gpu"), budget=Budget(4 * GIB, 2**30, "cuda:0"))
+    with ProcessExecutor().start(PYTHON, request.plugin) as worker:
+        loaded = worker.ask(request, nothing)
+        assert loaded.device.startswith("NVIDIA")
+        yield worker
+
+
+@pytest.mark.gpu
+@needs_card
+def test_a_limit_of_vram_is_real(card, tmp_path):
+    """The card has more, and the job may not take it."""
+    with pytest.raises(KleinctlError, match="the card's memory ran out"):
+        card.ask(generate(tmp_path, prompt="3.6 GiB, 1 products"), nothing)
+    made = card.ask(generate(tmp_path, prompt="3.1 GiB, 1 products"), nothing)
+    assert isinstance(made, Made) and made.peak_vram_bytes < 4.2 * GIB  # libraries that CUDA loads late come on top
+
+
+@pytest.mark.gpu
+@needs_card
+def test_the_peak_of_vram_counts_the_cuda_context(card, tmp_path):
+    made = card.ask(generate(tmp_path, prompt="2 GiB, 1 products"), nothing)
+    assert made.peak_vram_source == "torch, and the CUDA context by NVML"
+    assert 2.3 * GIB < made.peak_vram_bytes < 3.2 * GIB
+
+
+@pytest.mark.gpu
+@needs_card
+def test_a_stage_is_charged_with_the_kernels_it_queued(card, tmp_path):
+    card.ask(generate(tmp_path, prompt="1 GiB, 1 products"), nothing)  # warm
+    made = card.ask(generate(tmp_path, prompt="1 GiB, 200 products"), nothing)
+    assert made.seconds["denoise"] > 0.2  # 200 products of 1.1 TFLOP, under 1 PFLOP/s
+    assert made.seconds["encode"] < 0.1 and made.seconds["decode"] < 0.1

@@ -51,6 +51,16 @@ TEXT_ENCODER = {
     "max_position_embeddings": 40960,
     "tie_word_embeddings": True,
 }
+SCHEDULER = {
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "time_shift_type": "exponential",
+    "use_dynamic_shifting": True,
+}
 
 
 def scale_linears(module: Any, gain: float) -> None:
@@ -63,7 +73,7 @@ def scale_linears(module: Any, gain: float) -> None:
                 parameter.normal_(0, gain / parameter[0].numel() ** 0.5)
 
 
-def make(folder: Path, device: str, seed: int) -> None:
+def make(folder: Path, device: str, seed: int, tokenizer: Path) -> None:
     """Build the three networks with the real classes and write them as the hub has them."""
     import torch
     from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
@@ -84,9 +94,8 @@ def make(folder: Path, device: str, seed: int) -> None:
         vae.bn.running_mean.normal_(0, 0.05)
         vae.bn.running_var.uniform_(2, 4)
         vae.save_pretrained(folder / "vae")
-    scheduler = json.loads((TINY / "scheduler" / "scheduler_config.json").read_text())
-    FlowMatchEulerDiscreteScheduler.from_config(scheduler).save_pretrained(folder / "scheduler")
-    shutil.copytree(TINY / "tokenizer", folder / "tokenizer")
+    FlowMatchEulerDiscreteScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
+    shutil.copytree(tokenizer, folder / "tokenizer")
     index = {
         "_class_name": "Flux2KleinPipeline",
         "_diffusers_version": "0.37.0.dev0",
@@ -128,7 +137,6 @@ def manifest_text(name: str, folder: Path) -> str:
             f"size = {path.stat().st_size}",
             f'sha256 = "{sha256}"',
             f'to = {{ diffusers = "{inside}" }}',
-            "sources = []",
         ]
     return "\n".join(lines) + "\n"
 
@@ -140,10 +148,11 @@ def main() -> None:
     parser.add_argument("--name", default="klein-4b-random")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", type=Path, default=TINY / "tokenizer")
     arguments = parser.parse_args()
     folder = models_folder() / arguments.name / "diffusers"
     start = time.monotonic()
-    make(folder, arguments.device, arguments.seed)
+    make(folder, arguments.device, arguments.seed, arguments.tokenizer)
     print(f"weights written in {time.monotonic() - start:.0f} s: {folder}")
     start = time.monotonic()
     (home() / "manifests").mkdir(exist_ok=True)

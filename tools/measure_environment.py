@@ -1,7 +1,7 @@
 """Check and measure what `kleinctl/environments.toml` says. For whoever changes a pin.
 
-    python tools/measure_environment.py check    can every pin be had, and is the set complete, for every Python and system?
-    python tools/measure_environment.py build    build the CPU environment here, from nothing: seconds and bytes
+    python tools/measure_environment.py check   can all pins be had, is the set complete, on every Python and system?
+    python tools/measure_environment.py build   build the CPU environment here, from nothing: seconds and bytes
 
 `check` asks pip for wheels of other systems without installing them, and reads what each wants from its metadata.
 """

@@ -77,7 +77,12 @@ def wrong_transformer(found_file: FoundFile) -> Problem | None:
 
 def _wrong(found: FoundFile, role: str) -> Problem | None:
     identity = found.identity
-    if found.role != role or identity.kind in BROKEN or identity.family in (found.family, "unknown"):
+    if (
+        found.role != role
+        or identity.kind in BROKEN
+        or identity.family in (found.family, "unknown")
+        or not found.family
+    ):
         return None
     wanted = f"{title(found.family)}" if identity.role == role else f"a {ROLES[role]}, {title(found.family)}"
     return Problem(

@@ -81,7 +81,10 @@ def show_problem(problem: Problem, target: Console | None = None) -> None:
     head.append(f": {problem.what}", style="bold")
     target.print(head, soft_wrap=True)
     target.print()
-    target.print(Padding(Text(problem.why), (0, 0, 0, 2)))
+    if target.is_terminal:
+        target.print(Padding(Text(problem.why), (0, 0, 0, 2)))
+    else:  # a log or a program: lines stay whole
+        target.print(*(f"  {line}" for line in problem.why.splitlines()), sep="\n", markup=False, soft_wrap=True)
     target.print()
     target.print(Text("hint: ", style="cyan").append(problem.fix, style="default"), soft_wrap=True)
 

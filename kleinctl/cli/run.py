@@ -59,7 +59,13 @@ def command(
     from kleinctl.cli import steps as show
     from kleinctl.plugins import Plugins
 
-    asked = {"prompt": prompt, "steps": steps, "guidance": guidance, "seed": seed, "images": images or None}
+    asked: dict[str, Any] = {
+        "prompt": prompt,
+        "steps": steps,
+        "guidance": guidance,
+        "seed": seed,
+        "images": images or None,
+    }
     asked["width"], asked["height"] = options.parsed_size(size)
     if origin is not None:
         record = records.read_record(origin)

@@ -34,7 +34,7 @@ def command(models: tuple[str, ...], environments: bool, everything: bool, yes: 
         what = ", ".join([*(model.name for model in chosen), *(["environments"] if environments or everything else [])])
         click.confirm(f"Take away {what}?", default=False, abort=True, err=True)
     removed = [install.uninstall(model) for model in chosen]
-    gone = [each.name for each in environment.list_managed()] if environments or everything else []
+    gone = environment.names() if environments or everything else []
     for name in gone:
         environment.remove(name)
     document: dict[str, Any] = {

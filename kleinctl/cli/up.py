@@ -95,27 +95,31 @@ def choose(
     from kleinctl.survey import automatic_models
 
     models = [plugins.model(model)] if model else automatic_models(plugins)
-    failure: KleinctlError | None = None
+    if not models:
+        raise KleinctlError(no_models())
+    first: KleinctlError | None = None
     for each in models:
         try:
             found = road.ways(plugins, [each], backend, hardware, changes)
             if not found:
                 raise road.no_way(plugins, each, backend, hardware, changes)
-            way = found[0]
             steps.accept_licence(each, yes=accept)
-            plan = road.files(way, allow_unverified=allow_unverified)
+            plan = road.files(found[0], allow_unverified=allow_unverified)
             unreachable = reachable() if plan.fetch_bytes and not plan.problems else None
             if unreachable is not None:
                 raise KleinctlError(unreachable)
-            if failure is not None:
+            if first is not None:
                 output.remark(f"so {each.name} runs instead")
-            return way, plan
+            return found[0], plan
         except KleinctlError as error:
+            first = first or error
             if each is models[-1]:
-                raise failure or error from None
-            failure = failure or error
+                raise first from None
             output.remark(f"{error.problem.what}: {error.problem.why}")
-    raise failure or KleinctlError(no_models())
+            missing = reachable() if error.problem.name == "does-not-fit" and not each.is_packaged else None
+            if missing is not None:
+                output.remark(f"{missing.what}: {missing.why}")
+    raise AssertionError("the last model either runs or raises")
 
 
 def no_models() -> Problem:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @options.as_json
 def command(models: tuple[str, ...], as_json: bool) -> int:
     """Check size and sha256 of every part of the installed models, or of MODEL. Reads every byte."""
+    from kleinctl import store
     from kleinctl.plugins import Plugins
     from kleinctl.verify import summary, verify_parts
 
@@ -45,6 +46,10 @@ def command(models: tuple[str, ...], as_json: bool) -> int:
                 bars.show("all", "verifying", sum(done.values()), total)
 
         verdicts = verify_parts(items, show, list(plugins.models.values()))
+    stamps = store.Stamps()
+    for verdict in verdicts:
+        if not verdict.ok:
+            stamps.drop(verdict.path)  # so that the next install looks again, even where size and time are the same
     problems = [verdict.problem for verdict in verdicts if verdict.problem]
     if as_json:
         document: dict[str, Any] = {"schema": "kleinctl.verify/1", "parts": [verdict.to_json() for verdict in verdicts]}

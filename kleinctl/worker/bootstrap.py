@@ -38,7 +38,7 @@ def main():
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     faulthandler.enable()
-    if hasattr(signal, "SIGUSR1"):
+    if sys.platform != "win32":
         faulthandler.register(signal.SIGUSR1)  # the control process asks so where a silent worker hangs
     if sys.version_info < (3, 10):  # noqa: UP036 (it may be any Python)
         sys.exit("kleinctl needs Python 3.10 or newer; {} is {}.{}".format(sys.executable, *sys.version_info[:2]))

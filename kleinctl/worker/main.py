@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from kleinctl import __version__
-from kleinctl.backends import InstalledModel, Job
+from kleinctl.backends import Budget, InstalledModel, Job
 from kleinctl.pngtext import plain_text, utf8_text, with_chunks
 from kleinctl.problem import KleinctlError, Problem
 from kleinctl.worker import die_with_parent, protocol
@@ -71,7 +71,7 @@ class Line:
                 return
         if self.partial is not None:
             self.partial.unlink(missing_ok=True)
-        if os.name == "posix" and os.getpgrp() == os.getpid():
+        if sys.platform != "win32" and os.getpgrp() == os.getpid():
             os.killpg(os.getpid(), signal.SIGKILL)  # what the backend has started goes as well
         os._exit(1)
 
@@ -116,7 +116,7 @@ class Worker:
     def __init__(self, line: Line) -> None:
         self._line = line
         self._watch = Stopwatch(line.send, lambda: None)
-        self._device = Device()
+        self._device = Device(Budget(0, 0, "cpu"))
         self._session: Any = None
         self._loaded: Loaded | None = None
 
@@ -140,7 +140,7 @@ class Worker:
         self._watch = Stopwatch(self._line.send, lambda: self._device.synchronize(), "load")
         backend = _backend(request.plugin, request.backend)
         self._device = open_device(request.budget)
-        session = backend.load(InstalledModel(request.model, request.folder), request.budget)
+        session = backend.load(InstalledModel(request.model, request.folder), self._device.budget)
         self._session = session
         self._loaded = Loaded(
             strategy=session.strategy,
