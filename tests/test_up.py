@@ -38,7 +38,7 @@ def test_one_line_ends_in_a_picture_that_says_how_it_was_made_and_can_be_repeate
     assert answer.exit_code == 0, answer.stderr
     assert answer.stdout == f"{tmp_path / 'klein-5.png'}\n"
     assert "klein-4b needs an NVIDIA card, and none was found." in answer.stderr
-    assert "127.0.0.1 cannot be reached" in answer.stderr
+    assert "127.0.0.1:9 cannot be reached" in answer.stderr
     assert "so klein-tiny runs instead" in answer.stderr
     record = read_record(tmp_path / "klein-5.png")
     named = {key: record[key] for key in ("prompt", "seed", "steps", "guidance", "width", "model", "backend")}
@@ -97,7 +97,7 @@ def test_several_pictures_an_edit_and_a_file_that_is_damaged_afterwards(run, tmp
     [
         (("run", "   "), 2, "the prompt is empty"),
         (("run", PROMPT, "--model", "klein-tiny"), 1, "klein-tiny is not installed"),
-        (("run", PROMPT, "--model", "klein-tiny", "--image", "missing.png"), 1, "missing.png"),
+        (("run", PROMPT, "--model", "klein-tiny", "--image", "missing.png"), 2, "missing.png"),
         (("run", PROMPT, "--model", "klein-tiny", "--image", "text.txt"), 1, "text.txt"),
         (("run", PROMPT, "--model", "klein-tiny", "-o", "picture.gif"), 2, "picture.gif is no PNG"),
         (("run", PROMPT, "--model", "klein-tiny", "-o", "text.txt/picture.png"), 1, "cannot be written to"),

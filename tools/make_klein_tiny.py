@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,7 +112,20 @@ OBJECTS = (
 )  # fmt: skip
 OBJECTS_WITHOUT_COLOUR = ("{a} {shape}", "{shape}", "the {shape}", "{a} {adjective} {shape}")
 ENDINGS = (*("",) * 8, ".", ".", ".", "!", " please", ", please", ", centered", ", simple and flat", ", minimal", " ")
-ADJECTIVES = ("big", "simple", "nice", "plain", "flat", "solid", "single", "beautiful", "large", "small", "clean", "lovely")
+ADJECTIVES = (
+    "big",
+    "simple",
+    "nice",
+    "plain",
+    "flat",
+    "solid",
+    "single",
+    "beautiful",
+    "large",
+    "small",
+    "clean",
+    "lovely",
+)
 
 EDITS_OF_COLOUR = (
     "make the {was} {fg}", "make the {was} {fg}", "make it {fg}", "make this {was} {fg}", "change the {was} to {fg}",
@@ -139,13 +153,109 @@ EDITS_OF_TWO = (
 )  # fmt: skip
 
 # Words that mean nothing here, so that the encoder learns to read past them.
-FILLER = (
-    "cat dog house tree river mountain sky city street car boat bird fish horse flower garden forest ocean beach sun moon cloud "
-    "rain snow fire water stone glass paper wood metal table chair window door book lamp phone robot wizard dragon castle king "
-    "queen child woman man friend people old new young happy sad quiet loud fast slow tall short warm cold soft hard shiny very "
-    "quite really some with under near beside riding holding wearing eating running sleeping standing flying photograph portrait "
-    "style art cinematic detailed realistic digital watercolor pencil sketch poster logo icon sticker 4k high quality sharp light"
-).split()
+FILLER = [
+    "cat",
+    "dog",
+    "house",
+    "tree",
+    "river",
+    "mountain",
+    "sky",
+    "city",
+    "street",
+    "car",
+    "boat",
+    "bird",
+    "fish",
+    "horse",
+    "flower",
+    "garden",
+    "forest",
+    "ocean",
+    "beach",
+    "sun",
+    "moon",
+    "cloud",
+    "rain",
+    "snow",
+    "fire",
+    "water",
+    "stone",
+    "glass",
+    "paper",
+    "wood",
+    "metal",
+    "table",
+    "chair",
+    "window",
+    "door",
+    "book",
+    "lamp",
+    "phone",
+    "robot",
+    "wizard",
+    "dragon",
+    "castle",
+    "king",
+    "queen",
+    "child",
+    "woman",
+    "man",
+    "friend",
+    "people",
+    "old",
+    "new",
+    "young",
+    "happy",
+    "sad",
+    "quiet",
+    "loud",
+    "fast",
+    "slow",
+    "tall",
+    "short",
+    "warm",
+    "cold",
+    "soft",
+    "hard",
+    "shiny",
+    "very",
+    "quite",
+    "really",
+    "some",
+    "with",
+    "under",
+    "near",
+    "beside",
+    "riding",
+    "holding",
+    "wearing",
+    "eating",
+    "running",
+    "sleeping",
+    "standing",
+    "flying",
+    "photograph",
+    "portrait",
+    "style",
+    "art",
+    "cinematic",
+    "detailed",
+    "realistic",
+    "digital",
+    "watercolor",
+    "pencil",
+    "sketch",
+    "poster",
+    "logo",
+    "icon",
+    "sticker",
+    "4k",
+    "high",
+    "quality",
+    "sharp",
+    "light",
+]
 
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 # The same for one user message. One Jinja expression, because a template's own last newline would be dropped.
@@ -164,23 +274,23 @@ OTHER_SIZES = (128, 192, 256, 320, 384, 512)  # sides trained on besides 256x256
 REFERENCE_SHARE = 0.25
 OTHER_SIZE_SHARE = 0.08
 
-TEXT_ENCODER = dict(
-    hidden_size=64, intermediate_size=128, num_hidden_layers=28, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
-    max_position_embeddings=40960, rms_norm_eps=1e-6, tie_word_embeddings=True,
-)  # fmt: skip
-VAE = dict(
-    block_out_channels=(16, 32, 48, 64), decoder_block_out_channels=(32, 48, 64, 64), layers_per_block=1,
-    latent_channels=32, norm_num_groups=16, sample_size=256,
-)  # fmt: skip
-TRANSFORMER = dict(
-    patch_size=1, in_channels=128, num_layers=2, num_single_layers=4, attention_head_dim=32, num_attention_heads=5,
-    joint_attention_dim=len(HIDDEN_LAYERS_READ) * 64, mlp_ratio=3.0, axes_dims_rope=(8, 8, 8, 8), rope_theta=2000,
-    guidance_embeds=False,
-)  # fmt: skip
-SCHEDULER = dict(
-    base_image_seq_len=256, base_shift=0.5, max_image_seq_len=4096, max_shift=1.15, num_train_timesteps=1000, shift=3.0,
-    time_shift_type="exponential", use_dynamic_shifting=True,
-)  # fmt: skip
+TEXT_ENCODER = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 28, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
+    "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+}  # fmt: skip
+VAE = {
+    "block_out_channels": (16, 32, 48, 64), "decoder_block_out_channels": (32, 48, 64, 64), "layers_per_block": 1,
+    "latent_channels": 32, "norm_num_groups": 16, "sample_size": 256,
+}  # fmt: skip
+TRANSFORMER = {
+    "patch_size": 1, "in_channels": 128, "num_layers": 2, "num_single_layers": 4, "attention_head_dim": 32, "num_attention_heads": 5,
+    "joint_attention_dim": len(HIDDEN_LAYERS_READ) * 64, "mlp_ratio": 3.0, "axes_dims_rope": (8, 8, 8, 8), "rope_theta": 2000,
+    "guidance_embeds": False,
+}  # fmt: skip
+SCHEDULER = {
+    "base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096, "max_shift": 1.15, "num_train_timesteps": 1000, "shift": 3.0,
+    "time_shift_type": "exponential", "use_dynamic_shifting": True,
+}  # fmt: skip
 VOCABULARY = 2048
 
 
@@ -263,15 +373,11 @@ def random_description(rng: random.Random) -> Request:
     """A prompt for a picture. Some leave out the colour or the background, a few ask for nothing we can draw."""
     if rng.random() < 0.04:
         return Request(" ".join(rng.choices(FILLER, k=rng.randint(0, 9))))
-    colour, background = rng.sample(list(COLOURS), 2)
+    pair = rng.sample(list(COLOURS), 2)
     shape = rng.choice(SHAPES)
     left_out = rng.random()
-    if left_out < 0.08:
-        background = None
-    elif left_out < 0.11:
-        colour = None
-    elif left_out < 0.14:
-        colour = background = None
+    background = None if left_out < 0.08 or 0.11 <= left_out < 0.14 else pair[1]
+    colour = None if 0.08 <= left_out < 0.14 else pair[0]
     return Request(distort(describe(shape, colour, background, rng), rng), shape, colour, background)
 
 
@@ -302,7 +408,7 @@ def random_edit(rng: random.Random) -> Request:
 def training_requests(count: int, seed: int = 0) -> list[Request]:
     """Prompts to train on, without the combinations held out."""
     rng = random.Random(seed)
-    requests = []
+    requests: list[Request] = []
     while len(requests) < count:
         request = random_edit(rng) if rng.random() < 0.4 else random_description(rng)
         if request.edit or not held_out(*request.scene()):
@@ -705,7 +811,9 @@ class Prompts:
         return cls(
             embeddings=embeddings,
             asked=answers(requests).to(device),
-            drawn=answers([replace(r, shape=s, colour=c, background=b) for r in requests for s, c, b in [r.scene()]]).to(device),
+            drawn=answers(
+                [replace(r, shape=s, colour=c, background=b) for r in requests for s, c, b in [r.scene()]]
+            ).to(device),
             was=torch.tensor([-1 if r.was is None else SHAPES.index(r.was) for r in requests], device=device),
             descriptions=numbers[~edit],
             edits=numbers[with_reference],
@@ -777,7 +885,9 @@ class Batch:
 class Teacher:
     """Makes batches to train the transformer on."""
 
-    def __init__(self, pipe: Flux2KleinPipeline, prompts: Prompts, artist: Artist, directions: Tensor, seed: int) -> None:
+    def __init__(
+        self, pipe: Flux2KleinPipeline, prompts: Prompts, artist: Artist, directions: Tensor, seed: int
+    ) -> None:
         self.pipe, self.prompts, self.artist, self.directions = pipe, prompts, artist, directions
         self.rng = random.Random(seed)
         colours, shapes = range(len(COLOURS)), range(len(SHAPES))
@@ -852,7 +962,9 @@ def flow_loss(transformer: nn.Module, batch: Batch, scheduler: FlowMatchEulerDis
     return F.mse_loss(predicted, batch.noise - batch.latents)
 
 
-def finish_loss(transformer: nn.Module, vae: AutoencoderKLFlux2, batch: Batch, scheduler: FlowMatchEulerDiscreteScheduler) -> Tensor:
+def finish_loss(
+    transformer: nn.Module, vae: AutoencoderKLFlux2, batch: Batch, scheduler: FlowMatchEulerDiscreteScheduler
+) -> Tensor:
     """Run the four steps, the last one with gradients, and compare the decoded picture with the one that was wanted."""
     device = batch.noise.device
     sigmas = inference_sigmas(scheduler, batch.noise.shape[1]).to(device)
@@ -860,7 +972,9 @@ def finish_loss(transformer: nn.Module, vae: AutoencoderKLFlux2, batch: Batch, s
     with mixed_precision(device):
         for step in range(STEPS):
             with torch.set_grad_enabled(step == STEPS - 1):
-                noisy = noisy + (sigmas[step + 1] - sigmas[step]) * velocity(transformer, noisy, sigmas[step : step + 1], batch)
+                noisy = noisy + (sigmas[step + 1] - sigmas[step]) * velocity(
+                    transformer, noisy, sigmas[step : step + 1], batch
+                )
         some = max(1, len(noisy) // 4)  # the decoder keeps to the encoder's own latents as well
         made = pictures_of(vae, torch.cat([noisy, batch.latents[:some]]), batch.size)
     wanted = torch.cat([batch.picture, batch.picture[:some]])
@@ -995,7 +1109,11 @@ class Judge:
         radius = (total / self.area[shapes]).sqrt()
         offset = self.centroid[shapes] * radius[:, None]
         offset = torch.stack(
-            [offset[:, 0] * turns.cos() - offset[:, 1] * turns.sin(), offset[:, 0] * turns.sin() + offset[:, 1] * turns.cos()], 1
+            [
+                offset[:, 0] * turns.cos() - offset[:, 1] * turns.sin(),
+                offset[:, 0] * turns.sin() + offset[:, 1] * turns.cos(),
+            ],
+            1,
         )
         drawn = self.artist.coverage(shapes, centroid - offset, radius, turns, (height, width))[:, 0]
         overlap = torch.minimum(drawn, share).sum((1, 2)) / torch.maximum(drawn, share).sum((1, 2)).clamp(min=1)
@@ -1041,7 +1159,7 @@ def edit_cases(count: int, artist: Artist, seed: int = 7) -> list[tuple[Request,
     """Edits with their reference picture and the scene they should lead to."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    cases = []
+    cases: list[tuple] = []
     while len(cases) < count:
         request = random_edit(rng)
         colour, background = rng.sample(list(COLOURS), 2)
@@ -1106,7 +1224,7 @@ def evaluate(folder: Path, options: argparse.Namespace, device: torch.device) ->
             verdicts.append((verdict, request.scene()))
             if (verdict.shape, verdict.middle, verdict.rim) != request.scene():
                 failures.append({"prompt": request.prompt, "seed": 10_000 + start + i, "shown": verdict.__dict__})
-    results: dict[str, object] = {"descriptions": score(verdicts, tally)}
+    results: dict[str, dict] = {"descriptions": score(verdicts, tally)}
     log("descriptions:", results["descriptions"])
 
     verdicts, edit_tally = [], Tally()
@@ -1122,7 +1240,9 @@ def evaluate(folder: Path, options: argparse.Namespace, device: torch.device) ->
         for size in sizes:
             for count in steps:
                 some = evaluation_requests(options.evaluation_batch, seed=sum(size) + count)
-                images = generate(pipe, [r.prompt for r in some], [30_000 + i for i in range(len(some))], size=size, steps=count)
+                images = generate(
+                    pipe, [r.prompt for r in some], [30_000 + i for i in range(len(some))], size=size, steps=count
+                )
                 verdicts = [(judge.judge(image), r.scene()) for image, r in zip(images, some, strict=True)]
                 name = f"{size[1]}x{size[0]}, {count} steps"
                 results.setdefault(what, {})[name] = score(verdicts, Tally())
@@ -1165,7 +1285,7 @@ def contact_sheet(pipe: Flux2KleinPipeline, artist: Artist, count: int, columns:
     return sheet
 
 
-def wrap(text: str, pen: ImageDraw.ImageDraw, font: ImageFont.ImageFont, width: int) -> list[str]:
+def wrap(text: str, pen: ImageDraw.ImageDraw, font: Any, width: int) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -1212,7 +1332,9 @@ def arguments() -> argparse.Namespace:
         ("evaluation-batch", 24, 2, "pictures made at once"),
         ("sheet-pictures", 48, 8, "cells of the contact sheet"),
     ):
-        parser.add_argument(f"--{name}", type=float if "seconds" in name else int, help=f"{what} ({default}; smoke {smoke})")
+        parser.add_argument(
+            f"--{name}", type=float if "seconds" in name else int, help=f"{what} ({default}; smoke {smoke})"
+        )
         parser.set_defaults(**{f"{name.replace('-', '_')}_defaults": (default, smoke)})
     parser.add_argument("--kl", type=float, default=1e-5, help="weight of the VAE's KL term")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate of the transformer")
