@@ -15,7 +15,7 @@ from kleinctl import generate, install, memory, store
 from kleinctl.backends import Budget, Job
 from kleinctl.environment import Environment
 from kleinctl.planner import Candidate, choose, compare, default_job
-from kleinctl.problem import KleinctlError, Misuse, Problem
+from kleinctl.problem import KleinctlError, Misuse, Problem, did_you_mean
 from kleinctl.units import bytes_text
 
 if TYPE_CHECKING:
@@ -201,6 +201,25 @@ def pictures(
         gpu=hardware.gpu.cuda_id if where.cuda and hardware.gpu is not None else None,
     )
     return generate.run(request, on_event, executor)
+
+
+def executor(plugins: Plugins, name: str | None) -> Any:
+    """Where the worker runs: a process here, or the executor of a plugin that was named.
+
+    Raises:
+        Misuse: there is none of that name.
+    """
+    from kleinctl.executors import ProcessExecutor
+    from kleinctl.logs import PATTERNS
+
+    theirs = [offer.thing for offer in plugins.offers("kleinctl_log_patterns")]
+    offered = [ProcessExecutor(patterns=(*theirs, *PATTERNS)), *(o.thing for o in plugins.offers("kleinctl_executors"))]
+    found = next((each for each in offered if each.name == (name or "process")), None)
+    if found is None:
+        names = [each.name for each in offered]
+        why = f"This installation has {', '.join(names)}.{did_you_mean(name or '', names)}"
+        raise Misuse(Problem(f"there is no executor {name!r}", why, "kleinctl plugins", name="unknown-executor"))
+    return found
 
 
 def not_installed(way: Way) -> KleinctlError:

@@ -85,7 +85,8 @@ def survey(
     offers = [plugins.backend(backend)] if backend else list(plugins.backends.values())
     facts = {"hardware": hardware, "home": str(home()), "home_error": home_error()}
     checks = [*own_checks(), *(offer.thing for offer in plugins.offers("kleinctl_checks"))]
-    results = run_checks(checks, facts, list(scenes(plugins, comfyui)))
+    looked_at = [{"model": each} for each in models]
+    results = run_checks(checks, facts, [*looked_at, *scenes(plugins, comfyui)])
     candidates, choice = best(offers, models, hardware, changes or {})
     return Survey(
         hardware=hardware,

@@ -139,6 +139,27 @@ def test_disabling_a_plugin_that_is_not_there_names_the_nearest(kleinctl):
     assert "Did you mean staged-decode?" in answer.stderr
 
 
+def test_an_executor_and_log_patterns_of_a_plugin_are_used(site):
+    from kleinctl import road
+    from kleinctl.problem import Misuse
+
+    site(
+        "place-plugin",
+        "place",
+        "from kleinctl import LogPattern, Problem, hookimpl\nkleinctl_api = 1\n\n"
+        "class Elsewhere:\n    name = 'elsewhere'\n\n"
+        "@hookimpl\ndef kleinctl_executors():\n    return [Elsewhere()]\n\n"
+        "@hookimpl\ndef kleinctl_log_patterns():\n"
+        "    return [LogPattern('mine', 'it broke', Problem('it broke', 'It does.', 'mend it'))]\n",
+    )
+    plugins = Plugins(frozenset())
+    assert road.executor(plugins, "elsewhere").name == "elsewhere"
+    assert "mine" in [pattern.name for pattern in road.executor(plugins, None).patterns]
+    with pytest.raises(Misuse) as caught:
+        road.executor(plugins, "elsewere")
+    assert "Did you mean elsewhere?" in caught.value.problem.why
+
+
 def test_every_hook_has_an_example():
     from kleinctl import hookspecs
 

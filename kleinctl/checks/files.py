@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kleinctl.checks import check
 from kleinctl.identify import Identity, title
+from kleinctl.manifest import Model
 from kleinctl.problem import Problem
 from kleinctl.units import bytes_text
 
@@ -75,6 +76,20 @@ def wrong_transformer(found_file: FoundFile) -> Problem | None:
     return _wrong(found_file, "transformer")
 
 
+@check("hash-known")
+def hash_known(model: Model) -> Problem | None:
+    """Every part of the model has a known sha256."""
+    unknown = [part.name for layout in model.layouts[:1] for part in model.unverified(layout)]
+    if not unknown:
+        return None
+    return Problem(
+        f"{model.name} cannot be verified whole",
+        f"No sha256 is known of {', '.join(unknown)}; nobody can tell a damaged or exchanged file there.",
+        f"kleinctl install --model {model.name} --allow-unverified",
+        severity="warning",
+    )
+
+
 def _wrong(found: FoundFile, role: str) -> Problem | None:
     identity = found.identity
     if (
@@ -87,7 +102,7 @@ def _wrong(found: FoundFile, role: str) -> Problem | None:
     wanted = f"{title(found.family)}" if identity.role == role else f"a {ROLES[role]}, {title(found.family)}"
     return Problem(
         f"{found.path.name} is not the {ROLES[role]} of {found.model}",
-        f"Wanted is {wanted}; this file is {title(identity.family)} ({identity.saw.rstrip('.')}).",
+        f"Wanted is {wanted}; this file shows {identity.saw.rstrip('.')}.",
         found.fix,
         path=str(found.path),
         auto=True,

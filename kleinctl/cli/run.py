@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 @click.option(
     "--from", "origin", type=click.Path(path_type=Path), metavar="PNG", help="Repeat the picture in this file."
 )
-@options.together(options.vram_limit, options.as_json)
+@options.vram_limit
+@click.option("--executor", metavar="NAME", help="Where the worker runs: `process`, or a plugin's executor.")
+@options.as_json
 def command(
     prompt: str | None,
     out: str | None,
@@ -48,6 +50,7 @@ def command(
     images: tuple[Path, ...],
     origin: Path | None,
     vram_limit: str | None,
+    executor: str | None,
     as_json: bool,
 ) -> int:
     """Make pictures from PROMPT with an installed model; the path of each is a line on stdout.
@@ -87,9 +90,10 @@ def command(
     generate.prepare_outputs(jobs, outputs)
     if not road.is_installed(way):
         raise road.not_installed(way)
+    place = road.executor(plugins, executor)
     where = road.place(way, hardware)
     environment = show.get_environment(way, where, hardware)
-    result = show.make_pictures(way, environment, where, hardware, jobs, outputs)
+    result = show.make_pictures(way, environment, where, hardware, jobs, outputs, place)
     print_result(result, as_json=as_json)
     return OK
 

@@ -130,6 +130,7 @@ def make_pictures(
     hardware: Hardware,
     jobs: Sequence[Job],
     outputs: Sequence[Path],
+    executor: Any,
 ) -> Result:
     """Run the jobs, with a bar for the stage and one for the pictures."""
     from kleinctl import road
@@ -152,7 +153,7 @@ def make_pictures(
             else:
                 bars.show("stage", event.stage, event.done, event.total)
 
-        result = road.pictures(way, environment, where, hardware, jobs, outputs, show)
+        result = road.pictures(way, environment, where, hardware, jobs, outputs, show, executor)
     for warning in result.warnings:
         output.remark(f"warning: {warning}")
     return result

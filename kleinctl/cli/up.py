@@ -69,7 +69,7 @@ def command(
         steps.ask_to_fetch(plan.fetch_bytes, yes=yes)
     steps.get_files(plan)
     environment = steps.get_environment(way, where, hardware)
-    result = steps.make_pictures(way, environment, where, hardware, jobs, outputs)
+    result = steps.make_pictures(way, environment, where, hardware, jobs, outputs, road.executor(plugins, None))
     print_result(result, as_json=as_json)
     return OK
 
