@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from kleinctl import memory
@@ -95,3 +97,12 @@ def test_guidance_doubles_the_forwards_of_a_base_model_only(plugins, klein):
     base = plugins.model("klein-base-4b")
     assert memory.forwards(base, default_job(base)) == 2 * base.defaults.steps
     assert memory.forwards(klein, default_job(klein, guidance=4.0)) == klein.defaults.steps
+
+
+@pytest.mark.parametrize(("backend", "gibibytes"), [("diffusers", 8.73), ("staged", 14.00)])
+def test_predicted_vram_is_near_what_a_full_size_run_took(plugins, klein, backend, gibibytes):
+    """1024 x 1024 within 16 GiB on an H100, the CUDA context included (docs/measurements.md)."""
+    hardware = imagine("H100", 64 * GIB)
+    limited = replace(hardware.gpus[0], vram_free_bytes=16 * GIB)
+    fit = plugins.backend(backend).thing.fit(klein, replace(hardware, gpus=(limited,)), default_job(klein))
+    assert fit.vram_bytes == pytest.approx(gibibytes * GIB, rel=0.05)

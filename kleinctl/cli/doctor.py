@@ -82,10 +82,8 @@ def machine_lines(hardware: Hardware) -> list[str]:
 
 def show_checks(found: Survey) -> None:
     """Every check in a line."""
-    marks = {"ok": ("ok", "green"), "problem": ("problem", "red"), "skipped": ("skipped", "dim")}
-    for result in found.results:
-        word, style = marks[result.status]
-        output.console().print(f"[{style}]{word:8}[/] {result.name:20} [dim]{result.why}[/]", soft_wrap=True)
+    rows = [(f"{result.status:8} {result.name}", result.why) for result in found.results]
+    output.show_rows(rows, width=28)
     output.console().print()
 
 
@@ -94,15 +92,12 @@ def show_choice(found: Survey) -> None:
     from rich.text import Text
 
     target = output.console()
-    if found.choice is None:
+    chosen = found.choice.candidate if found.choice else None
+    if found.choice is None or chosen is None:
         target.print("nothing would run here", style="bold red")
     else:
-        chosen = found.choice.candidate
         target.print(Text("would run  ").append(f"{chosen.model} with {chosen.backend}", style="bold green"))
-        target.print(f"           {found.choice.why}", markup=False, soft_wrap=True)
-    for each in found.candidates:
-        if found.choice is None or each != found.choice.candidate:
-            why = each.why_not or "It runs too."
-            target.print(
-                f"{'not' if each.why_not else 'or':10} {each.model} with {each.backend}: {why}", soft_wrap=True
-            )
+        output.show_rows([("", found.choice.why)], width=10)
+    others = [each for each in found.candidates if each != chosen]
+    named = [("not" if each.why_not else "or", each, each.why_not or "It runs too.") for each in others]
+    output.show_rows([(head, f"{each.model} with {each.backend}: {why}") for head, each, why in named], width=10)

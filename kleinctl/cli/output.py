@@ -89,6 +89,24 @@ def show_problem(problem: Problem, target: Console | None = None) -> None:
     target.print(Text("hint: ", style="cyan").append(problem.fix, style="default"), soft_wrap=True)
 
 
+def show_rows(rows: Iterable[tuple[str, str]], *, width: int) -> None:
+    """Lines with a head of `width` characters; the rest wraps below itself on a terminal, and stays whole elsewhere."""
+    from rich.table import Table
+    from rich.text import Text
+
+    target = console()
+    if not target.is_terminal:
+        for head, text in rows:
+            target.print(f"{head:{width}} {text}", markup=False, soft_wrap=True)
+        return
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(width=width, no_wrap=True)
+    grid.add_column(overflow="fold")
+    for head, text in rows:
+        grid.add_row(head, Text(text))
+    target.print(grid)
+
+
 def show_problems(problems: Iterable[Problem], target: Console | None = None) -> None:
     """Problems with an empty line between them."""
     for number, problem in enumerate(problems):

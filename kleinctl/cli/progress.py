@@ -75,6 +75,8 @@ class Bars:
     def _line(self, key: str, text: str, done: float, total: float | None) -> None:
         from kleinctl.units import bytes_text
 
+        if not self._in_bytes and (total is None or total <= 1):
+            return  # a stage without steps: it has begun, and that is all there is to say
         now = time.monotonic()
         finished = total is not None and done >= total
         last = self._told.setdefault(key, now)
@@ -82,5 +84,5 @@ class Bars:
             return
         self._told[key] = -1.0 if finished else now
         shown = (lambda count: bytes_text(count)) if self._in_bytes else (lambda count: f"{count:.0f}")
-        amount = f" {shown(done)} of {shown(total)}" if total and (self._in_bytes or total > 1) else ""
+        amount = f" {shown(done)} of {shown(total)}" if total else ""
         output.remark(f"  {text}{amount}")

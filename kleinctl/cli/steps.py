@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 #: Downloads beyond this many bytes are asked about, where somebody can answer.
 ASK_FROM = 10**9
+#: Parts below this many bytes are told in one line.
+SMALL = 2**20
 WORDS = {"rehash": "checking what is here", "download": "fetching", "verify": "verifying", "done": "done"}
 
 
@@ -45,10 +47,15 @@ def show_files(plan: InstallPlan) -> None:
         output.remark(f"{plan.model.name} is here: {len(plan.steps)} verified files in {plan.folder}")
         return
     output.heading(f"files of {plan.model.name}, to {plan.folder}")
+    small = [step for step in plan.steps if step.action != "present" and (step.part.size or SMALL) < SMALL]
     for step in plan.steps:
-        if step.action != "present":
-            size = bytes_text(step.part.size) if step.part.size is not None else "size unknown"
-            output.remark(f"  {step.action:9} {size:>9}  {step.part.name}  from {step.source}")
+        if step.action != "present" and step not in small:
+            size = bytes_text(step.part.size) if step.part.size is not None else "?"
+            where = step.target.relative_to(plan.folder).as_posix()
+            output.remark(f"  {step.action:9} {size:>9}  {where}  from {step.source}")
+    if small:
+        size = bytes_text(sum(step.part.size or 0 for step in small))
+        output.remark(f"  {'small':9} {size:>9}  {len(small)} configuration files")
     here = sum(step.action == "present" for step in plan.steps)
     total = f"{bytes_text(plan.fetch_bytes)} to fetch, {bytes_text(plan.disk_bytes)} to write"
     total += f"; {bytes_text(plan.free_bytes)} are free"
@@ -78,7 +85,8 @@ def get_files(plan: InstallPlan) -> None:
                 bars.remark(f"  {event.note}")
                 return
             name = event.part.rpartition("/")[2]
-            bars.show(event.part, f"{name} ({WORDS[event.stage]})", event.done, event.total)
+            if (event.total or SMALL) >= SMALL:
+                bars.show(event.part, f"{name} ({WORDS[event.stage]})", event.done, event.total)
             if event.stage == "done":
                 bars.remove(event.part)
             if event.all_total:

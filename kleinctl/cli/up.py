@@ -58,6 +58,7 @@ def command(
         output.remark(line)
     found = survey(plugins, hardware, model=model, backend=backend, changes=changes)
     output.show_problems(found.problems)
+    output.remark("")
     way, plan = choose(plugins, hardware, model, backend, changes, allow_unverified, accept=accept_licence or yes)
     jobs = jobs_of(way.model, changes, 1)
     outputs = generate.choose_outputs(jobs, out)
