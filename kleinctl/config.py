@@ -21,7 +21,18 @@ def load_config(path: Path) -> dict[str, Any]:
         KleinctlError: the file cannot be read or is no TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        for name, table in settings.items():
+            if not isinstance(table, dict):
+                raise KleinctlError(
+                    Problem(
+                        f"{path} has a setting that belongs to no command",
+                        f"{name} is no table; options stand below their command's name, as in [run].",
+                        f"correct {path}",
+                        name="config-broken",
+                    )
+                )
+        return settings
     except FileNotFoundError:
         return {}
     except OSError as error:

@@ -469,7 +469,9 @@ def _lock(waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """One process at a time changes the environments; the operating system lets go of the lock when a process dies."""
     import filelock
 
-    envs_folder().mkdir(parents=True, exist_ok=True)
+    from kleinctl.store import make_folder
+
+    make_folder(envs_folder())
     lock = filelock.FileLock(envs_folder() / ".lock")
     try:
         lock.acquire(timeout=0)

@@ -136,11 +136,21 @@ def read_seconds(count: int, hardware: Hardware, *, warm: bool) -> float:
     )
 
 
+def _no_card(hardware: Hardware) -> str:
+    """Why there is no card to use."""
+    hidden = [gpu.name for gpu in hardware.gpus if gpu.hidden]
+    if hidden:
+        return f"{hidden[0]} is hidden by CUDA_VISIBLE_DEVICES"
+    return (
+        f"{hardware.gpus[0].name} has no memory to give (MIG without a slice?)" if hardware.gpus else "none was found"
+    )
+
+
 def lacking(model: Model, hardware: Hardware, *, vram_bytes: int, ram_bytes: int) -> str | None:
     """Why a job with these peaks does not fit this machine, in one sentence; None where it does."""
     gpu = hardware.gpu
     if "cpu" not in model.devices and gpu is None:
-        return f"{model.name} needs an NVIDIA card, and none was found."
+        return f"{model.name} needs an NVIDIA card, and {_no_card(hardware)}."
     if gpu is not None and vram_bytes > usable_vram(gpu):
         return f"It needs {gib(vram_bytes)} of VRAM; {gib(usable_vram(gpu))} of {gib(gpu.vram_bytes)} can be used."
     if ram_bytes > hardware.ram_available_bytes:

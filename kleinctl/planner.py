@@ -6,11 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from kleinctl import environment as environments
 from kleinctl.backends import Fit, Job
-from kleinctl.problem import Problem
+from kleinctl.problem import KleinctlError, Problem
 from kleinctl.units import gib, seconds_text
 
 if TYPE_CHECKING:
+    from kleinctl.backends import Backend
+    from kleinctl.environment import Environment
     from kleinctl.hardware import Hardware
     from kleinctl.manifest import Model
     from kleinctl.plugins import Offer
@@ -24,6 +27,7 @@ class Candidate:
     model: str
     fit: Fit
     problem: Problem | None = None
+    device: str = "cuda:0"
 
     @property
     def runs(self) -> bool:
@@ -65,28 +69,54 @@ def default_job(model: Model, **changes: Any) -> Job:
 def compare(offers: Iterable[Offer], model: Model, hardware: Hardware, job: Job) -> list[Candidate]:
     """A candidate for every backend that has the model's files in its layout, the fastest that runs first.
 
-    Reads no file and starts nothing.
+    Loads nothing and starts nothing; of the disk it reads which environments there are.
     """
     found = []
     for offer in offers:
-        backend = offer.thing
-        if not model.parts_for(backend.layout):
-            continue
-        try:
-            candidate = Candidate(
-                backend.name, model.name, backend.fit(model, hardware, job), backend.health(hardware, None)
-            )
-        except Exception as error:  # a stranger's arithmetic must not take doctor down
-            problem = Problem(
-                f"{backend.name} cannot say what it needs",
-                f"{type(error).__name__}: {error}",
-                f"kleinctl plugins --disable {offer.plugin}",
-                name="plugin-failed",
-                severity="warning",
-            )
-            candidate = Candidate(backend.name, model.name, Fit(0, 0, 0, 0, 0, False, "unknown"), problem)
-        found.append(candidate)
+        if model.parts_for(offer.thing.layout):
+            try:
+                candidate = _candidate(offer.thing, model, hardware, job)
+            except Exception as error:  # a stranger's arithmetic must not take doctor down
+                problem = Problem(
+                    f"{offer.thing.name} cannot say what it needs",
+                    f"{type(error).__name__}: {error}",
+                    f"kleinctl plugins --disable {offer.plugin}",
+                    name="plugin-failed",
+                    severity="warning",
+                )
+                candidate = Candidate(offer.thing.name, model.name, Fit(0, 0, 0, 0, 0, False, "unknown"), problem)
+            found.append(candidate)
     return sorted(found, key=lambda each: (not each.runs, each.fit.seconds_next, each.fit.seconds_first))
+
+
+def _candidate(backend: Backend, model: Model, hardware: Hardware, job: Job) -> Candidate:
+    """The backend on the card, where model, card and driver can; else on the CPU, where the model can.
+
+    A model that also runs on the CPU does not have gigabytes of CUDA packages fetched for it.
+    """
+    cpu = "cpu" in model.devices
+    if hardware.gpu is not None and "cuda" in model.devices:
+        environment = environments.find(backend.requires, hardware, cuda=True)
+        if environment is not None or not cpu:
+            on_card = _on(backend, model, hardware, job, environment, "cuda:0")
+            if on_card.runs or not cpu:
+                return on_card
+    elsewhere = replace(hardware, gpus=()) if cpu else hardware
+    found = environments.find(backend.requires, hardware, cuda=False) if cpu else None
+    return _on(backend, model, elsewhere, job, found, "cpu" if cpu else "cuda:0")
+
+
+def _on(
+    backend: Backend, model: Model, hardware: Hardware, job: Job, environment: Environment | None, device: str
+) -> Candidate:
+    fit = backend.fit(model, hardware, job)
+    problem = backend.health(hardware, environment)
+    if problem is None and environment is None and (device == "cpu" or hardware.gpu is not None):
+        try:
+            environments.torch_build(hardware, cuda=device != "cpu")
+        except KleinctlError as error:
+            problem = error.problem
+    return Candidate(backend.name, model.name, fit, problem, device)
 
 
 def choose(candidates: Sequence[Candidate]) -> Choice | None:

@@ -55,6 +55,7 @@ class Plugins:
         self.disabled = disabled_names() if disabled is None else disabled
         self.problems: list[Problem] = []
         self._entries: dict[str, Plugin] = {}
+        self._answers: dict[str, list[Offer]] = {}
         self._manager = pluggy.PluginManager("kleinctl")
 
     @cached_property
@@ -65,13 +66,20 @@ class Plugins:
         self._manager.add_hookspecs(hookspecs)
         for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=_ours_first):
             self._register(entry)
-        try:
-            self._manager.check_pending()
-        except pluggy.PluginValidationError as error:
-            name = self._manager.get_name(error.plugin) or "?"
-            self._fail(name, "implements a hook that does not exist", str(error))
-            self._manager.unregister(error.plugin)
-        return self._manager
+        for name in sorted(self.disabled - set(self._entries)):
+            known = ", ".join(self._entries)
+            why = f"Installed are {known}.{did_you_mean(name, self._entries)}"
+            self.problems.append(
+                Problem(f"there is no plugin {name} to disable", why, "kleinctl plugins", "unknown-plugin", "warning")
+            )
+        while True:
+            try:
+                self._manager.check_pending()
+                return self._manager
+            except pluggy.PluginValidationError as error:
+                name = self._manager.get_name(error.plugin) or "?"
+                self._fail(name, "implements a hook that does not exist", str(error))
+                self._manager.unregister(error.plugin)
 
     def _register(self, entry: importlib.metadata.EntryPoint) -> None:
         distribution = entry.dist.metadata["Name"] if entry.dist else "?"
@@ -121,8 +129,10 @@ class Plugins:
             self._entries[name] = Plugin(**{**vars(self._entries[name]), "problem": problem})
 
     def offers(self, hook: str) -> list[Offer]:
-        """What every plugin answers to `hook`; one that raises is a problem, and the others go on."""
-        found = []
+        """What every plugin answers to `hook`; one that raises is a problem, and the others go on. Asked once."""
+        if hook in self._answers:
+            return self._answers[hook]
+        found: list[Offer] = []
         for implementation in getattr(self.manager.hook, hook).get_hookimpls():
             name = implementation.plugin_name
             try:
@@ -133,6 +143,7 @@ class Plugins:
             module = implementation.plugin.__name__ if isinstance(implementation.plugin, ModuleType) else ""
             found += [Offer(thing, name, module) for thing in things]
             self._entries[name].offers[hook] = [_label(thing) for thing in things]
+        self._answers[hook] = found
         return found
 
     @cached_property
@@ -228,17 +239,24 @@ class Plugins:
 
 def disabled_names() -> frozenset[str]:
     """Plugins that are off: in the file that `kleinctl plugins --disable` writes, and in `KLEINCTL_DISABLE`."""
-    names = os.environ.get("KLEINCTL_DISABLE", "").split(",")
+    named = os.environ.get("KLEINCTL_DISABLE", "").split(",")
+    return _switched_off() | {name.strip() for name in named if name.strip()}
+
+
+def _switched_off() -> frozenset[str]:
     with contextlib.suppress(OSError):
-        names += disabled_file().read_text(encoding="utf-8").splitlines()
-    return frozenset(name.strip() for name in names if name.strip())
+        return frozenset(disabled_file().read_text(encoding="utf-8").split())
+    return frozenset()
 
 
 def switch(name: str, on: bool) -> None:
     """Switch a plugin on or off for every later command."""
-    names = (disabled_names() - {name}) if on else (disabled_names() | {name})
-    disabled_file().parent.mkdir(parents=True, exist_ok=True)
-    disabled_file().write_text("".join(f"{each}\n" for each in sorted(names)), encoding="utf-8")
+    names = (_switched_off() - {name}) if on else (_switched_off() | {name})
+    from kleinctl.store import make_folder, writing
+
+    make_folder(disabled_file().parent)
+    with writing(disabled_file()):
+        disabled_file().write_text("".join(f"{each}\n" for each in sorted(names)), encoding="utf-8")
 
 
 def _ours_first(entry: importlib.metadata.EntryPoint) -> tuple[bool, str]:

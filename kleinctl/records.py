@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def _check_references(wanted: Sequence[tuple[str, str]], images: Sequence[Path])
     if not wanted:
         return
     if len(wanted) != len(images):
-        names = " ".join(f"--image {name}" for name, _ in wanted)
+        names = " ".join(f"--image {shlex.quote(name)}" for name, _ in wanted)
         raise Misuse(
             Problem(
                 f"the picture was made from {len(wanted)} reference pictures",

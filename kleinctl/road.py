@@ -42,9 +42,15 @@ class Way:
 
 
 def ways(
-    plugins: Plugins, models: Sequence[Model], backend: str | None, hardware: Hardware, changes: Mapping[str, Any]
+    plugins: Plugins,
+    models: Sequence[Model],
+    backend: str | None,
+    hardware: Hardware,
+    changes: Mapping[str, Any],
+    *,
+    must_fit: bool = True,
 ) -> list[Way]:
-    """The best way for each model that runs here, in the order of the models.
+    """The best way for each model that runs here (or, without `must_fit`, comes nearest), in the order of the models.
 
     Raises:
         Misuse: there is no such backend.
@@ -52,9 +58,9 @@ def ways(
     offers = [plugins.backend(backend)] if backend else list(plugins.backends.values())
     found = []
     for model in models:
-        choice = choose(compare(offers, model, hardware, default_job(model, **changes)))
-        if choice:
-            found.append(Way(model, plugins.backends[choice.candidate.backend], choice.candidate))
+        candidates = compare(offers, model, hardware, default_job(model, **changes))
+        best = candidates[:1] if not must_fit else [each for each in candidates[:1] if each.runs]
+        found += [Way(model, plugins.backends[each.backend], each) for each in best]
     return found
 
 
@@ -100,12 +106,7 @@ def _fits(offers: Sequence[Offer], model: Model, hardware: Hardware, job: Job, s
 
 def is_installed(way: Way) -> bool:
     """Whether every part is in its place with the right size. Hashes nothing."""
-    stamps = store.Stamps()
-    for part in way.model.parts_for(way.backend.layout):
-        target = store.destination(way.model.name, way.backend.layout, part)
-        if store.state(target, way.model.accepted(part, way.backend.layout), stamps) not in ("verified", "unchecked"):
-            return False
-    return True
+    return all(step.action == "present" or step.found == step.target for step in files(way).steps)
 
 
 def files(way: Way, **choices: Any) -> install.InstallPlan:
@@ -127,16 +128,9 @@ class Place:
 
 
 def place(way: Way, hardware: Hardware) -> Place:
-    """The environment and device for `way`: the card where the model and an environment can use it, else the CPU.
-
-    A model that also runs on the CPU does not have gigabytes of CUDA packages fetched for it.
-    """
-    requires, model = way.backend.requires, way.model
-    if hardware.gpu is not None and "cuda" in model.devices:
-        found = environments.find(requires, hardware, cuda=True)
-        if found or "cpu" not in model.devices:
-            return Place(found, "cuda:0")
-    return Place(environments.find(requires, hardware, cuda=False), "cpu")
+    """The environment and the device for `way`, as the planner chose it."""
+    device = way.candidate.device
+    return Place(environments.find(way.backend.requires, hardware, cuda=device != "cpu"), device)
 
 
 def plan_environment(way: Way, where: Place, hardware: Hardware) -> environments.EnvironmentPlan:
@@ -187,10 +181,12 @@ def pictures(
     Raises:
         KleinctlError: something cannot work, or failed.
     """
-    parts = {part.id: part.sha256 or "unknown" for part in way.model.parts_for(way.backend.layout)}
+    layout, stamps = way.backend.layout, store.Stamps()
+    targets = {part: store.destination(way.model.name, layout, part) for part in way.model.parts_for(layout)}
+    parts = {part.id: stamps.sha256(target) or "unknown" for part, target in targets.items()}
     request = generate.Request(
         model=way.model,
-        folder=store.model_folder(way.model.name, way.backend.layout),
+        folder=store.model_folder(way.model.name, layout),
         backend=way.backend.name,
         plugin=way.offer.module,
         python=environment.python,

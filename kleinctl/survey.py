@@ -72,9 +72,11 @@ def survey(
     backend: str | None = None,
     comfyui: Path | None = None,
     changes: Mapping[str, Any] | None = None,
+    plan_for: Hardware | None = None,
 ) -> Survey:
     """Judge this machine: run every check, and compare every backend.
 
+    `plan_for` is the machine to compare backends on, where that is not all of `hardware` (`--vram-limit`).
     Without `model` the automatic ones are considered in their order, and the first that runs here is chosen.
 
     Raises:
@@ -87,7 +89,7 @@ def survey(
     checks = [*own_checks(), *(offer.thing for offer in plugins.offers("kleinctl_checks"))]
     looked_at = [{"model": each} for each in models]
     results = run_checks(checks, facts, [*looked_at, *scenes(plugins, comfyui)])
-    candidates, choice = best(offers, models, hardware, changes or {})
+    candidates, choice = best(offers, models, plan_for or hardware, changes or {})
     return Survey(
         hardware=hardware,
         results=tuple(results),
@@ -163,12 +165,6 @@ def _identify(path: Path, plugins: Plugins) -> Identity:
 
 def _fix(model: Model) -> str:
     return f"kleinctl install --model {model.name}"
-
-
-def job_changes(width: int | None, height: int | None, steps: int | None, guidance: float | None) -> dict[str, Any]:
-    """What was asked for differently from a model's defaults, for `default_job`."""
-    named = {"width": width, "height": height, "steps": steps, "guidance": guidance}
-    return {name: value for name, value in named.items() if value is not None}
 
 
 __all__ = ["Job", "Survey", "alternative", "automatic_models", "survey"]

@@ -187,3 +187,63 @@ def test_completion_of_the_shell_in_use(kleinctl):
     assert answer.stdout.strip() == 'eval "$(_KLEINCTL_COMPLETE=zsh_source kleinctl)"'
     names = kleinctl(_KLEINCTL_COMPLETE="bash_complete", COMP_WORDS="kleinctl pl", COMP_CWORD="1").stdout
     assert {line.split(",")[-1] for line in names.splitlines()} == {"plan", "plugins"}
+
+
+def test_vram_limit_does_not_change_what_the_machine_is_said_to_be(kleinctl):
+    free = json.loads(kleinctl("doctor", "--json").stdout)["hardware"]["ram_bytes"]
+    document = conforms(kleinctl("doctor", "--json", "--vram-limit", "1GiB").stdout)
+    assert document["hardware"]["ram_bytes"] == free
+    assert "vram-free" not in [problem["name"] for problem in document["problems"]]
+
+
+def test_a_log_is_explained_with_the_line_that_proves_it(kleinctl, tmp_path):
+    (tmp_path / "log.txt").write_text("hello\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB\n")
+    answer = kleinctl("doctor", "--log", "log.txt", "--json")
+    assert answer.exit_code == 1
+    [problem] = conforms(answer.stdout)["log"]["problems"]
+    assert problem["ref"] == "D01"
+    assert "Line 2: torch.OutOfMemoryError" in problem["why"]
+    healthy = kleinctl("doctor", "--log", "-", "--json", stdin="got prompt\nPrompt executed in 1.2 seconds\n")
+    assert conforms(healthy.stdout)["log"]["problems"] == []
+
+
+def test_every_command_in_a_hint_can_be_typed():
+    """Hints that start with kleinctl name commands and options that exist."""
+    import re
+
+    hints = set()
+    for path in (REPOSITORY / "kleinctl").rglob("*.py"):
+        hints |= set(re.findall(r"""[f"']kleinctl ([a-z]+[^"'\n]*)["']""", path.read_text()))
+    checked = 0
+    for hint in hints:
+        name, *words = hint.split()
+        if name in COMMANDS:
+            options = {option for each in cli_group.get_command(None, name).params for option in each.opts}
+            unknown = [word for word in words if re.fullmatch(r"--[a-z-]+", word) and word not in {*options, "--help"}]
+            assert not unknown, hint
+            checked += 1
+    assert checked > 15
+
+
+def test_a_setting_outside_a_table_is_named(kleinctl, empty_home):
+    folder = empty_home / "kleinctl"
+    folder.mkdir()
+    (folder / "config.toml").write_text("run = 3\n")
+    answer = kleinctl("doctor")
+    assert (answer.exit_code, "run is no table" in answer.stderr) == (1, True)
+
+
+def test_uninstall_with_nobody_to_ask_wants_yes(kleinctl):
+    answer = kleinctl("uninstall", "klein-tiny")
+    assert answer.exit_code == 2
+    assert "hint: add --yes" in answer.stderr
+
+
+def test_text_from_strangers_cannot_steer_the_terminal(capsys):
+    from kleinctl.cli import output
+    from kleinctl.problem import Problem
+
+    output.show_problem(Problem("a\x1b]0;x\x07b", "c\x1b[31md", "e\x9bf"))
+    output.remark("g\x1b[2Jh")
+    told = capsys.readouterr().err
+    assert not {"\x1b", "\x07", "\x9b"} & set(told)

@@ -106,3 +106,26 @@ def test_predicted_vram_is_near_what_a_full_size_run_took(plugins, klein, backen
     limited = replace(hardware.gpus[0], vram_free_bytes=16 * GIB)
     fit = plugins.backend(backend).thing.fit(klein, replace(hardware, gpus=(limited,)), default_job(klein))
     assert fit.vram_bytes == pytest.approx(gibibytes * GIB, rel=0.05)
+
+
+def test_a_driver_too_old_for_any_torch_is_told_before_anything_is_fetched(plugins, klein):
+    hardware = imagine("RTX 4070 Ti SUPER", 32 * GIB)
+    old = replace(hardware, gpus=(replace(hardware.gpus[0], driver="450.80"),))
+    found = compare(plugins.backends.values(), klein, old, default_job(klein))
+    assert choose(found) is None
+    assert all(each.problem.name == "no-torch-build" and "450.80" in each.why_not for each in found)
+
+
+def test_a_full_card_leaves_the_small_model_to_the_processor(plugins):
+    hardware = imagine("RTX 4070 Ti SUPER", 32 * GIB)
+    full = replace(hardware, gpus=(replace(hardware.gpus[0], vram_free_bytes=GIB // 4),))
+    tiny = next(model for model in plugins.models.values() if "cpu" in model.devices)
+    choice = choose(compare(plugins.backends.values(), tiny, full, default_job(tiny)))
+    assert choice.candidate.device == "cpu"
+
+
+def test_a_hidden_card_is_said_to_be_hidden(plugins, klein):
+    hardware = imagine("RTX 4070 Ti SUPER", 32 * GIB)
+    hidden = replace(hardware, gpus=(replace(hardware.gpus[0], hidden=True),))
+    [first, *_] = compare(plugins.backends.values(), klein, hidden, default_job(klein))
+    assert "is hidden by CUDA_VISIBLE_DEVICES" in first.why_not

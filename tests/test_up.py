@@ -146,6 +146,25 @@ def test_a_card_without_the_hub_says_that_the_hub_is_missing(monkeypatch, capsys
     assert caught.value.problem.name == "hub-unreachable"
 
 
+def test_a_card_and_no_network_allowed_runs_what_is_here(monkeypatch, capsys):
+    monkeypatch.setenv("KLEINCTL_OFFLINE", "1")
+    way, _ = up.choose(Plugins(frozenset()), imagine("RTX 4090", 32 * GIB), None, None, {}, False, accept=False)
+    assert way.model.name == "klein-tiny"
+    assert "so klein-tiny runs instead" in capsys.readouterr().err
+
+
+def test_a_part_exchanged_for_one_of_the_same_size_is_found_before_it_is_used(run, tmp_path, empty_home):
+    assert run("install", "--model", "klein-tiny").exit_code == 0
+    part = empty_home / "kleinctl/models/klein-tiny/diffusers/transformer/diffusion_pytorch_model.safetensors"
+    size = part.stat().st_size
+    part.unlink()
+    part.write_bytes(b"\0" * size)
+    answer = run("run", PROMPT, "--model", "klein-tiny", "--seed", "1")
+    assert answer.exit_code == 0, answer.stderr
+    assert list((empty_home / "kleinctl" / "quarantine").glob("*.json"))
+    assert read_record(tmp_path / "klein-1.png")["parts"]["transformer"] != "unknown"
+
+
 def test_a_model_of_the_hub_is_fetched_verified_and_run(kleinctl, empty_home, tmp_path):
     """klein-tiny's files behind a server that answers as the hub does, under a manifest of the user's own."""
     source = REPOSITORY / "manifests" / "klein-tiny"

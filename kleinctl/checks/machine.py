@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kleinctl.checks import check
 from kleinctl.hardware import Hardware
-from kleinctl.problem import Problem
+from kleinctl.problem import KleinctlError, Problem
 from kleinctl.units import GIB, bytes_text, gib
 
 #: An fp32 or bf16 part is at most 9.8 GB; FAT32 ends at 4 GiB.
@@ -59,6 +59,35 @@ def _broken(hardware: Hardware) -> Problem:
 
 
 _NVML = {"driver-library-mismatch": _mismatch, "no-permission": _no_permission, "error": _broken}
+
+
+@check("card-hidden")
+def card_hidden(hardware: Hardware) -> Problem | None:
+    """No card is kept from programs by CUDA_VISIBLE_DEVICES."""
+    hidden = [gpu.name for gpu in hardware.gpus if gpu.hidden]
+    if not hidden:
+        return None
+    return Problem(
+        f"{hidden[0]} is hidden",
+        "The variable CUDA_VISIBLE_DEVICES keeps it from programs that use CUDA.",
+        "unset CUDA_VISIBLE_DEVICES",
+        severity="warning",
+        ref="A15",
+    )
+
+
+@check("driver")
+def driver(hardware: Hardware) -> Problem | None:
+    """There is a build of torch for the card and its driver."""
+    from kleinctl.environment import torch_build
+
+    if hardware.gpu is None:
+        return None
+    try:
+        torch_build(hardware, cuda=True)
+    except KleinctlError as error:
+        return error.problem
+    return None
 
 
 @check("vram-free")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from kleinctl.problem import BUG, INTERRUPTED, MISUSED, KleinctlError
+from kleinctl.problem import BUG, INTERRUPTED, MISUSED, PROBLEMS, KleinctlError
 
 #: Every command, with the line that `--help` and README's table show; the test suite holds them to the commands' own.
 COMMANDS = {
@@ -101,8 +102,20 @@ def main() -> None:
     except BrokenPipeError:
         output.discard_stdout()
         sys.exit(0)
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            _bug(error)
+        output.discard_stdout()
+        output.remark("error: the answer could not be written to the end, the disk it goes to is full")
+        sys.exit(PROBLEMS)
     except Exception as error:
-        if "--debug" in sys.argv:
-            raise
-        output.our_bug(error)
-        sys.exit(BUG)
+        _bug(error)
+
+
+def _bug(error: Exception) -> NoReturn:
+    from kleinctl.cli import output
+
+    if "--debug" in sys.argv:
+        raise error
+    output.our_bug(error)
+    sys.exit(BUG)

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING
 import click
 
 from kleinctl.cli import options, output
-from kleinctl.problem import OK, PROBLEMS
+from kleinctl.problem import OK, PROBLEMS, KleinctlError, Problem
 
 if TYPE_CHECKING:
     from kleinctl.hardware import Hardware
+    from kleinctl.plugins import Plugins
     from kleinctl.survey import Survey
 
 
 @click.command("doctor", short_help="What is this machine, what is wrong, what would run and why.")
 @options.together(options.model, options.backend, options.comfyui, options.vram_limit)
+@click.option("--log", type=click.Path(path_type=Path), metavar="FILE", help="Explain a log too; - is stdin.")
 @click.option("--strict", is_flag=True, help="Exit with 1 for warnings too.")
 @click.option("--verbose", "-v", is_flag=True, help="Show every check.")
 @options.as_json
@@ -25,6 +27,7 @@ def command(
     backend: str | None,
     comfyui: Path | None,
     vram_limit: str | None,
+    log: Path | None,
     strict: bool,
     verbose: bool,
     as_json: bool,
@@ -36,12 +39,44 @@ def command(
     from kleinctl.plugins import Plugins
     from kleinctl.survey import survey
 
-    found = survey(Plugins(), options.this_machine(vram_limit), model=model, backend=backend, comfyui=comfyui)
+    plugins, hardware = Plugins(), options.this_machine()
+    limit = options.limited(hardware, vram_limit)
+    found = survey(plugins, hardware, model=model, backend=backend, comfyui=comfyui, plan_for=limit)
+    told = explained(log, plugins) if log is not None else []
     if as_json:
-        output.print_json(found.to_json())
+        document = found.to_json()
+        output.print_json(document if log is None else {**document, "log": {"problems": [p.to_json() for p in told]}})
     else:
         show(found, verbose=verbose)
-    return PROBLEMS if found.errors or (strict and found.problems) else OK
+        if log is not None:
+            output.console().print()
+            output.show_problems(told, output.console())
+            output.answer("" if told else "the log shows no failure that kleinctl knows")
+    problems = [*found.problems, *told]
+    errors = [problem for problem in problems if problem.severity == "error"]
+    return PROBLEMS if errors or (strict and problems) else OK
+
+
+def explained(log: Path, plugins: Plugins) -> list[Problem]:
+    """What a log (`-`: stdin) shows, best match first, each with the line that proves it."""
+    import sys
+    from dataclasses import replace
+
+    from kleinctl.logs import MAX_CHARACTERS, PATTERNS, explain
+
+    try:
+        stream = sys.stdin.buffer if str(log) == "-" else log.open("rb")
+        with stream:
+            if stream.seekable():
+                stream.seek(max(0, stream.seek(0, 2) - 4 * MAX_CHARACTERS))
+            text = stream.read(4 * MAX_CHARACTERS).decode("utf-8", "replace")
+    except OSError as error:
+        raise KleinctlError(
+            Problem(f"{log} cannot be read", f"{error.strerror}.", "kleinctl doctor --log FILE", name="log-unreadable")
+        ) from None
+    theirs = [offer.thing for offer in plugins.offers("kleinctl_log_patterns")]
+    found = explain(text, (*theirs, *PATTERNS))
+    return [replace(each.problem, why=f"{each.problem.why} Line {each.number}: {each.line}") for each in found]
 
 
 def show(found: Survey, *, verbose: bool = False) -> None:

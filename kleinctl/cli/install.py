@@ -38,23 +38,29 @@ def command(
 
     plugins = Plugins()
     hardware = options.this_machine()
-    way = options.way(plugins, hardware, model, backend, variant=variant)
+    way = options.way(plugins, hardware, model, backend, variant=variant, must_fit=model is None)
     if not dry_run:
         steps.accept_licence(way.model, yes=yes or accept_licence)
     plan = road.files(way, comfyui=comfyui, allow_unverified=allow_unverified)
     where = road.place(way, hardware)
-    if as_json:
-        output.print_json(plan.to_json())
-    else:
-        steps.show_files(plan)
+    steps.show_files(plan)
+    if not way.candidate.runs:
+        output.remark(f"warning: it would not run here now. {way.candidate.why_not}")
+    builds = way.candidate.runs or where.environment is not None
+    if builds:
         steps.show_environment(way, where, hardware)
     if dry_run:
+        if as_json:
+            output.print_json(plan.to_json())
         output.show_problems(plan.problems)
         return PROBLEMS if plan.problems else OK
     if not plan.problems:
         steps.ask_to_fetch(plan.fetch_bytes, yes=yes)
     steps.get_files(plan)
-    steps.get_environment(way, where, hardware)
-    if not as_json:
+    if builds:
+        steps.get_environment(way, where, hardware)
+    if as_json:
+        output.print_json(road.files(way, allow_unverified=allow_unverified).to_json())
+    else:
         output.answer(f"{way.model.name} is installed for {way.backend.name}")
     return OK

@@ -53,20 +53,26 @@ def parsed_size(text: str | None) -> tuple[int | None, int | None]:
     return parse_size(text) if text else (None, None)
 
 
-def this_machine(limit: str | None = None) -> Hardware:
-    """This machine's hardware, with no more VRAM free than `--vram-limit` allows."""
-    from dataclasses import replace
-
+def this_machine() -> Hardware:
+    """This machine's hardware, as it is now."""
     from kleinctl.hardware import detect
     from kleinctl.home import home
+
+    return detect(home())
+
+
+def limited(hardware: Hardware, limit: str | None) -> Hardware:
+    """The machine to plan for: with no more VRAM free than `--vram-limit` allows."""
+    from dataclasses import replace
+
     from kleinctl.units import parse_bytes
 
-    hardware = detect(home())
     if limit is None:
         return hardware
     most = parse_bytes(limit)
-    gpus = tuple(replace(gpu, vram_free_bytes=min(gpu.vram_free_bytes, most)) for gpu in hardware.gpus)
-    return replace(hardware, gpus=gpus)
+    return replace(
+        hardware, gpus=tuple(replace(gpu, vram_free_bytes=min(gpu.vram_free_bytes, most)) for gpu in hardware.gpus)
+    )
 
 
 def way(
@@ -78,8 +84,11 @@ def way(
     *,
     variant: str | None = None,
     installed: bool = False,
+    must_fit: bool = True,
 ) -> Way:
     """The model and backend that were named, or the ones to choose here; with `installed` rather one that is here.
+
+    Without `must_fit` a model that was named may be one that does not run here, or not now.
 
     Raises:
         Misuse: there is no such model or backend.
@@ -91,7 +100,7 @@ def way(
     models = [plugins.model(model)] if model else automatic_models(plugins)
     if variant:
         models = [with_variant(plugins, each, variant) for each in models[:1]]
-    found = road.ways(plugins, models, backend, hardware, changes or {})
+    found = road.ways(plugins, models, backend, hardware, changes or {}, must_fit=must_fit)
     if not found:
         raise road.no_way(plugins, models[0], backend, hardware, changes or {})
     return next((each for each in found if installed and road.is_installed(each)), found[0])

@@ -59,9 +59,14 @@ def answer(text: str) -> None:
     sys.stdout.flush()
 
 
+def clean(text: str) -> str:
+    """`text` without characters that a terminal would act on: it may come from a server, a log or a stranger's file."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
 def remark(text: str) -> None:
     """A line for the person at the terminal, on stderr."""
-    err_console().print(text, markup=False, soft_wrap=True)
+    err_console().print(clean(text), markup=False, soft_wrap=True)
 
 
 def heading(text: str) -> None:
@@ -78,15 +83,15 @@ def show_problem(problem: Problem, target: Console | None = None) -> None:
     colour = "red" if problem.severity == "error" else "yellow"
     head = Text(problem.severity, style=f"bold {colour}")
     head.append(f"[{problem.name}]" if problem.name else "", style=colour)
-    head.append(f": {problem.what}", style="bold")
+    head.append(f": {clean(problem.what)}", style="bold")
     target.print(head, soft_wrap=True)
     target.print()
     if target.is_terminal:
-        target.print(Padding(Text(problem.why), (0, 0, 0, 2)))
+        target.print(Padding(Text(clean(problem.why)), (0, 0, 0, 2)))
     else:  # a log or a program: lines stay whole
-        target.print(*(f"  {line}" for line in problem.why.splitlines()), sep="\n", markup=False, soft_wrap=True)
+        target.print(*(f"  {line}" for line in clean(problem.why).splitlines()), sep="\n", markup=False, soft_wrap=True)
     target.print()
-    target.print(Text("hint: ", style="cyan").append(problem.fix, style="default"), soft_wrap=True)
+    target.print(Text("hint: ", style="cyan").append(clean(problem.fix), style="default"), soft_wrap=True)
 
 
 def show_rows(rows: Iterable[tuple[str, str]], *, width: int) -> None:
@@ -97,13 +102,13 @@ def show_rows(rows: Iterable[tuple[str, str]], *, width: int) -> None:
     target = console()
     if not target.is_terminal:
         for head, text in rows:
-            target.print(f"{head:{width}} {text}", markup=False, soft_wrap=True)
+            target.print(f"{head:{width}} {clean(text)}", markup=False, soft_wrap=True)
         return
     grid = Table.grid(padding=(0, 1))
     grid.add_column(width=width, no_wrap=True)
     grid.add_column(overflow="fold")
     for head, text in rows:
-        grid.add_row(head, Text(text))
+        grid.add_row(head, Text(clean(text)))
     target.print(grid)
 
 

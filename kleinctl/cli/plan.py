@@ -37,7 +37,7 @@ def command(
     from kleinctl.survey import automatic_models, best
 
     plugins = Plugins()
-    hardware = options.this_machine(vram_limit) if gpu is None and ram is None else elsewhere(gpu, ram, vram_limit)
+    hardware = options.limited(elsewhere(gpu, ram) if gpu or ram else options.this_machine(), vram_limit)
     models = [plugins.model(model)] if model else automatic_models(plugins)
     offers = [plugins.backend(backend)] if backend else list(plugins.backends.values())
     sizes = [options.parsed_size(size)] if size else [(side, side) for side in SIDES]
@@ -46,7 +46,7 @@ def command(
         for each in best(offers, models, hardware, {"width": width, "height": height})[0]:
             row = {"backend": each.backend, "model": each.model, "width": width, "height": height}
             rows.append({**row, "fit": each.fit.to_json(), "why_not": each.why_not})
-    _, choice = best(offers, models, hardware, {})
+    _, choice = best(offers, models, hardware, dict(zip(("width", "height"), sizes[0], strict=True)) if size else {})
     if as_json:
         output.print_json(
             {
@@ -61,19 +61,15 @@ def command(
     return OK if choice else PROBLEMS
 
 
-def elsewhere(gpu: str | None, ram: str | None, vram_limit: str | None) -> Hardware:
+def elsewhere(gpu: str | None, ram: str | None) -> Hardware:
     """The hardware of a machine that is described; what is not said stays as it is here."""
     from kleinctl.hardware import imagine
-    from kleinctl.units import GIB, parse_bytes
+    from kleinctl.units import parse_bytes
 
-    amount = None if ram is None else int(float(ram) * GIB) if ram.replace(".", "", 1).isdigit() else parse_bytes(ram)
+    amount = None if ram is None else parse_bytes(f"{ram} GiB" if ram.strip()[-1:].isdecimal() else ram)
     none = gpu is not None and gpu.lower() == "none"
     hardware = imagine(None if none else gpu, amount, None if gpu and ram else options.this_machine())
     hardware = replace(hardware, gpus=()) if none else hardware
-    if vram_limit:
-        most = parse_bytes(vram_limit)
-        gpus = tuple(replace(each, vram_free_bytes=min(each.vram_free_bytes, most)) for each in hardware.gpus)
-        hardware = replace(hardware, gpus=gpus)
     return hardware
 
 
@@ -86,7 +82,7 @@ def show(hardware: Hardware, rows: list[dict[str, Any]], why: str) -> None:
     output.answer(f"{has}, {gib(hardware.ram_available_bytes)} of RAM available")
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
-        output.answer(f"\n{model}, {bytes_text(own[0]['fit']['disk_bytes'])} on disk")
+        output.answer(f"\n{model}, {bytes_text(own[0]['fit']['disk_bytes'])} on disk; VRAM and RAM in GiB")
         output.console().print(_table(own))
         for reason in dict.fromkeys(row["why_not"] for row in own if row["why_not"]):
             output.answer(f"no: {reason}")
@@ -99,7 +95,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     from rich import box
     from rich.table import Table
 
-    from kleinctl.units import gib, seconds_text
+    from kleinctl.units import GIB, seconds_text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     table.add_column("backend", no_wrap=True)
@@ -108,7 +104,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     table.add_column("fits", no_wrap=True)
     for row in rows:
         fit = row["fit"]
-        memory = (gib(fit["vram_bytes"]), gib(fit["ram_bytes"]))
+        memory = tuple(f"{fit[key] / GIB:.1f}" for key in ("vram_bytes", "ram_bytes"))
         times = (seconds_text(fit["seconds_first"]), seconds_text(fit["seconds_next"]))
         size, dim = f"{row['width']}x{row['height']}", "dim" if row["why_not"] else None
         table.add_row(row["backend"], size, *memory, *times, "no" if dim else "yes", style=dim)

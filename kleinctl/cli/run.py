@@ -82,7 +82,7 @@ def command(
     asked["seed"] = secrets.randbelow(2**32) if asked["seed"] is None else asked["seed"]
     changes = {name: value for name, value in asked.items() if value is not None}
     plugins = Plugins()
-    hardware = options.this_machine(vram_limit)
+    hardware = options.limited(options.this_machine(), vram_limit)
     way = options.way(plugins, hardware, model, backend, changes, installed=True)
     jobs = jobs_of(way.model, changes, count)
     outputs = generate.choose_outputs(jobs, out, many=count > 1)
@@ -90,6 +90,7 @@ def command(
     generate.prepare_outputs(jobs, outputs)
     if not road.is_installed(way):
         raise road.not_installed(way)
+    show.get_files(road.files(way))  # hashes what has not been hashed since it came
     place = road.executor(plugins, executor)
     where = road.place(way, hardware)
     environment = show.get_environment(way, where, hardware)

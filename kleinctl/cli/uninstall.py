@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from typing import Any
 
 import click
@@ -13,7 +15,7 @@ from kleinctl.problem import OK, Misuse, Problem
 @click.command("uninstall", short_help="Take away a model, or everything kleinctl made.")
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
 @click.option("--environments", is_flag=True, help="Take away the managed Python environments.")
-@click.option("--all", "everything", is_flag=True, help="Take away all models and environments.")
+@click.option("--all", "everything", is_flag=True, help="Take away all models, environments, logs and downloads.")
 @options.together(options.yes, options.as_json)
 def command(models: tuple[str, ...], environments: bool, everything: bool, yes: bool, as_json: bool) -> int:
     """Take away the files of MODEL, the managed environments, or everything kleinctl made.
@@ -21,6 +23,7 @@ def command(models: tuple[str, ...], environments: bool, everything: bool, yes: 
     Only what kleinctl put there goes: files that Hugging Face's cache or ComfyUI also have stay there.
     """
     from kleinctl import environment, install
+    from kleinctl.home import home
     from kleinctl.plugins import Plugins
     from kleinctl.units import bytes_text
 
@@ -30,6 +33,10 @@ def command(models: tuple[str, ...], environments: bool, everything: bool, yes: 
         raise Misuse(
             Problem("nothing was named", "A model, --environments or --all is wanted.", "kleinctl models", name="usage")
         )
+    if not yes and not sys.stdin.isatty():
+        raise Misuse(
+            Problem("nobody is there to be asked", "Taking files away wants a yes.", "add --yes", name="usage")
+        )
     if not yes:
         what = ", ".join([*(model.name for model in chosen), *(["environments"] if environments or everything else [])])
         click.confirm(f"Take away {what}?", default=False, abort=True, err=True)
@@ -37,6 +44,11 @@ def command(models: tuple[str, ...], environments: bool, everything: bool, yes: 
     gone = environment.names() if environments or everything else []
     for name in gone:
         environment.remove(name)
+    if everything:  # settings and manifests of the user's own stay
+        for name in ("downloads", "quarantine", "logs"):
+            shutil.rmtree(home() / name, ignore_errors=True)
+        for name in ("verified.json", "licences.json", "install.lock", "disabled-plugins.txt"):
+            (home() / name).unlink(missing_ok=True)
     document: dict[str, Any] = {
         "schema": "kleinctl.uninstall/1",
         "files": [str(path) for each in removed for path in each.files],

@@ -53,24 +53,26 @@ def command(
     changes = {name: value for name, value in asked.items() if value is not None}
     changes.setdefault("seed", secrets.randbelow(2**32))
     plugins = Plugins()
-    hardware = options.this_machine(vram_limit)
+    hardware = options.this_machine()
+    limit = options.limited(hardware, vram_limit)
     for line in machine_lines(hardware):
         output.remark(line)
-    found = survey(plugins, hardware, model=model, backend=backend, changes=changes)
+    found = survey(plugins, hardware, model=model, backend=backend, changes=changes, plan_for=limit)
     output.show_problems(found.problems)
     output.remark("")
-    way, plan = choose(plugins, hardware, model, backend, changes, allow_unverified, accept=accept_licence or yes)
+    way, plan = choose(plugins, limit, model, backend, changes, allow_unverified, accept=accept_licence or yes)
     jobs = jobs_of(way.model, changes, 1)
     outputs = generate.choose_outputs(jobs, out)
     generate.prepare_outputs(jobs, outputs)
-    where = road.place(way, hardware)
+    where = road.place(way, limit)
     steps.show_files(plan)
     steps.show_environment(way, where, hardware)
     if not plan.problems:
         steps.ask_to_fetch(plan.fetch_bytes, yes=yes)
     steps.get_files(plan)
     environment = steps.get_environment(way, where, hardware)
-    result = steps.make_pictures(way, environment, where, hardware, jobs, outputs, road.executor(plugins, None))
+    now = options.limited(options.this_machine(), vram_limit)  # what is free may have changed since
+    result = steps.make_pictures(way, environment, where, now, jobs, outputs, road.executor(plugins, None))
     print_result(result, as_json=as_json)
     return OK
 
@@ -106,16 +108,18 @@ def choose(
                 raise road.no_way(plugins, each, backend, hardware, changes)
             steps.accept_licence(each, yes=accept)
             plan = road.files(found[0], allow_unverified=allow_unverified)
-            unreachable = reachable() if plan.fetch_bytes and not plan.problems else None
+            if plan.problems:
+                raise KleinctlError(plan.problems[0])
+            unreachable = reachable() if plan.fetch_bytes else None
             if unreachable is not None:
                 raise KleinctlError(unreachable)
             if first is not None:
                 output.remark(f"so {each.name} runs instead")
             return found[0], plan
         except KleinctlError as error:
-            first = first or error
             if each is models[-1]:
-                raise first from None
+                raise
+            first = error
             output.remark(f"{error.problem.what}: {error.problem.why}")
             missing = reachable() if error.problem.name == "does-not-fit" and not each.is_packaged else None
             if missing is not None:

@@ -315,7 +315,7 @@ def _wrong(where: str, wanted: str, found: object) -> KleinctlError:
         Problem(
             what=f"{where[:80]} in this report cannot be read",
             why=f"Wanted is {wanted}; found is {ascii(found)[:80]}.",
-            fix="kleinctl report  (on the machine in question, to make a fresh one)",
+            fix="kleinctl doctor --json   # on the machine in question, to make a fresh one",
             name="report-unreadable",
         )
     )
