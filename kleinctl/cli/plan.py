@@ -57,7 +57,7 @@ def command(
             }
         )
     else:
-        show(hardware, rows, choice.why if choice else "Nothing would run.")
+        show(hardware, rows, f"{choice.candidate.model}: {choice.why}" if choice else "Nothing would run.")
     return OK if choice else PROBLEMS
 
 
