@@ -195,27 +195,24 @@ def test_a_model_of_the_hub_is_fetched_verified_and_run(kleinctl, empty_home, tm
     assert (tmp_path / "b.png").read_bytes() == (tmp_path / "klein-1.png").read_bytes()
 
 
+def long_run(folder: Path, home: Path) -> tuple[subprocess.Popen, int]:
+    """A run that takes minutes, and the process id of its worker, once that has started."""
+    options = ["--model", "klein-tiny", "--steps", "200", "-o", "x.png"]
+    command = [sys.executable, "-m", "kleinctl", "run", PROMPT, *options]
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, env={**os.environ, **CLOSED})
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        for log in (home / "kleinctl" / "logs").glob("worker-*"):
+            return process, int(log.stem.rpartition("-")[2])
+        time.sleep(0.1)
+    process.kill()
+    raise AssertionError("no worker started")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
 def test_ctrl_c_leaves_no_worker_and_no_half_picture(run, tmp_path, empty_home):
     assert run("install", "--model", "klein-tiny").exit_code == 0
-    command = [
-        sys.executable,
-        "-m",
-        "kleinctl",
-        "run",
-        PROMPT,
-        "--model",
-        "klein-tiny",
-        "--steps",
-        "200",
-        "-o",
-        "x.png",
-    ]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, **CLOSED})
-    logs = empty_home / "kleinctl" / "logs"
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and not list(logs.glob("worker-*")):
-        time.sleep(0.1)
+    process, worker = long_run(tmp_path, empty_home)
     time.sleep(6)  # in the middle of importing or denoising
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=20)
@@ -223,8 +220,6 @@ def test_ctrl_c_leaves_no_worker_and_no_half_picture(run, tmp_path, empty_home):
     assert "interrupted" in told
     assert "Traceback" not in told
     assert list(tmp_path.iterdir()) == []
-    [log] = logs.glob("worker-*")
-    worker = int(log.stem.rpartition("-")[2])
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
 
@@ -258,27 +253,9 @@ def test_the_plugin_of_the_documentation_installs_and_draws_the_same_picture(run
 def test_a_worker_killed_by_the_system_is_explained(run, tmp_path, empty_home):
     """What the kernel does where memory ends: SIGKILL."""
     assert run("install", "--model", "klein-tiny").exit_code == 0
-    command = [
-        sys.executable,
-        "-m",
-        "kleinctl",
-        "run",
-        PROMPT,
-        "--model",
-        "klein-tiny",
-        "--steps",
-        "200",
-        "-o",
-        "x.png",
-    ]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, **CLOSED})
-    logs = empty_home / "kleinctl" / "logs"
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and not list(logs.glob("worker-*")):
-        time.sleep(0.1)
+    process, worker = long_run(tmp_path, empty_home)
     time.sleep(3)
-    [log] = logs.glob("worker-*")
-    os.kill(int(log.stem.rpartition("-")[2]), signal.SIGKILL)
+    os.kill(worker, signal.SIGKILL)
     _, told = process.communicate(timeout=30)
     assert process.returncode == 1
     assert "error[worker-killed]" in told
