@@ -19,8 +19,8 @@ class Bars:
     On something that is no terminal, finished things get a line, and a long one every ten seconds.
     """
 
-    def __init__(self, *, in_bytes: bool = False) -> None:
-        self._in_bytes = in_bytes
+    def __init__(self, *, in_bytes: bool = False, rate: bool = False) -> None:
+        self._in_bytes, self._rate = in_bytes, rate
         self._console = output.err_console()
         self._live = self._console.is_terminal
         self._progress: Any = None
@@ -31,19 +31,18 @@ class Bars:
         if self._live:
             from rich.progress import (
                 BarColumn,
-                DownloadColumn,
                 Progress,
+                ProgressColumn,
                 TextColumn,
                 TimeElapsedColumn,
                 TimeRemainingColumn,
                 TransferSpeedColumn,
             )
 
-            text = TextColumn("{task.description}", markup=False)
-            columns = (
-                (text, BarColumn(24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(compact=True))
-                if self._in_bytes
-                else (text, BarColumn(24), TextColumn("{task.fields[count]}"), TimeElapsedColumn())
+            columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False), BarColumn(24)]
+            columns.append(TextColumn("{task.fields[count]}"))
+            columns += (
+                [TransferSpeedColumn(), TimeRemainingColumn(compact=True)] if self._rate else [TimeElapsedColumn()]
             )
             self._progress = Progress(*columns, console=self._console, transient=True)
             self._progress.start()
@@ -58,7 +57,7 @@ class Bars:
         if self._progress is None:
             self._line(key, text, done, total)
             return
-        count = f"{done:.0f}/{total:.0f}" if total and total > 1 else ""
+        count = self._amount(done, total) if total and (self._in_bytes or total > 1) else ""
         if key not in self._tasks:
             self._tasks[key] = self._progress.add_task(text, total=total, count=count)
         self._progress.update(self._tasks[key], description=text, completed=done, total=total, count=count)
@@ -73,8 +72,6 @@ class Bars:
         output.remark(text)
 
     def _line(self, key: str, text: str, done: float, total: float | None) -> None:
-        from kleinctl.units import bytes_text
-
         if not self._in_bytes and (total is None or total <= 1):
             return  # a stage without steps: it has begun, and that is all there is to say
         now = time.monotonic()
@@ -83,6 +80,12 @@ class Bars:
         if last < 0 or (not finished and now - last < LINE_SECONDS):
             return
         self._told[key] = -1.0 if finished else now
-        shown = (lambda count: bytes_text(count)) if self._in_bytes else (lambda count: f"{count:.0f}")
-        amount = f" {shown(done)} of {shown(total)}" if total else ""
+        amount = f" {self._amount(done, total)}" if total else ""
         output.remark(f"  {text}{amount}")
+
+    def _amount(self, done: float, total: float) -> str:
+        from kleinctl.units import bytes_text
+
+        if self._in_bytes:
+            return f"{bytes_text(done)} of {bytes_text(total)}"
+        return f"{done:.0f} of {total:.0f}"

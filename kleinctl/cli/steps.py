@@ -78,7 +78,7 @@ def get_files(plan: InstallPlan) -> None:
 
     if plan.complete:
         return
-    with Bars(in_bytes=True) as bars:
+    with Bars(in_bytes=True, rate=True) as bars:
 
         def show(event: Any) -> None:
             if event.stage == "wait":
@@ -123,10 +123,11 @@ def get_environment(way: Way, where: Place, hardware: Hardware) -> Environment:
             if title not in told:
                 told.add(title)
                 bars.remark(f"  {title}")
+            bars.remove("now" if event.total else "download")  # one line tells what is going on
             if event.total:
                 bars.show("download", event.detail, event.done, event.total)
-            elif event.detail:
-                bars.show("now", event.detail, 0, None)
+            else:
+                bars.show("now", event.detail or event.title, 0, None)
 
         return environments.build(road.plan_environment(way, where, hardware), show)
 

@@ -38,7 +38,7 @@ def command(models: tuple[str, ...], as_json: bool) -> int:
             )
         )
     total, done, lock = sum(path.stat().st_size for path, _ in items if path.exists()), {}, threading.Lock()
-    with Bars(in_bytes=True) as bars:
+    with Bars(in_bytes=True, rate=True) as bars:
 
         def show(part: Part, count: int, size: int) -> None:
             with lock:  # called from a thread for each file
