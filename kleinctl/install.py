@@ -74,6 +74,11 @@ class InstallPlan:
         return all(step.action == "present" for step in self.steps)
 
     @property
+    def in_place(self) -> bool:
+        """Whether every part is where it belongs with the right size, verified or not."""
+        return all(step.action == "present" or step.found == step.target for step in self.steps)
+
+    @property
     def fetch_bytes(self) -> int:
         """What is still to come over the network."""
         return sum(step.fetch_bytes for step in self.steps)

@@ -183,6 +183,14 @@ class Plugins:
             )
         )
 
+    def backends_for(self, name: str | None) -> list[Offer]:
+        """The backend called `name`, or all of them.
+
+        Raises:
+            Misuse: there is none of that name.
+        """
+        return [self.backend(name)] if name else list(self.backends.values())
+
     @cached_property
     def models(self) -> dict[str, Model]:
         """Models by name. A broken manifest is a problem; the others stay usable."""
@@ -228,6 +236,16 @@ class Plugins:
                 name="unknown-model",
             )
         )
+
+    def models_for(self, name: str | None) -> list[Model]:
+        """The model called `name`, or the ones to consider where none is named, the preferred one first.
+
+        Raises:
+            Misuse: there is none of that name.
+        """
+        if name:
+            return [self.model(name)]
+        return sorted((m for m in self.models.values() if m.automatic is not None), key=lambda m: m.automatic or 0)
 
     def overview(self) -> list[Plugin]:
         """Every plugin with all it offers, for `kleinctl plugins`."""

@@ -55,7 +55,7 @@ def ways(
     Raises:
         Misuse: there is no such backend.
     """
-    offers = [plugins.backend(backend)] if backend else list(plugins.backends.values())
+    offers = plugins.backends_for(backend)
     found = []
     for model in models:
         candidates = compare(offers, model, hardware, default_job(model, **changes))
@@ -68,7 +68,7 @@ def no_way(
     plugins: Plugins, model: Model, backend: str | None, hardware: Hardware, changes: Mapping[str, Any]
 ) -> KleinctlError:
     """Why `model` does not run here, with the figures and what would."""
-    offers = [plugins.backend(backend)] if backend else list(plugins.backends.values())
+    offers = plugins.backends_for(backend)
     job = default_job(model, **changes)
     candidates = compare(offers, model, hardware, job)
     if not candidates:
@@ -89,6 +89,8 @@ def no_way(
         None,
     )
     closest = min(candidates, key=lambda each: (each.problem is not None, each.fit.vram_bytes, each.fit.ram_bytes))
+    if closest.problem is not None:  # of every backend: its own words and hint tell more than that nothing fits
+        return KleinctlError(closest.problem)
     size = f" at {job.width}x{job.height}" if smaller else ""
     return KleinctlError(
         Problem(
@@ -102,11 +104,6 @@ def no_way(
 
 def _fits(offers: Sequence[Offer], model: Model, hardware: Hardware, job: Job, side: int) -> bool:
     return choose(compare(offers, model, hardware, replace(job, width=side, height=side))) is not None
-
-
-def is_installed(way: Way) -> bool:
-    """Whether every part is in its place with the right size. Hashes nothing."""
-    return all(step.action == "present" or step.found == step.target for step in files(way).steps)
 
 
 def files(way: Way, **choices: Any) -> install.InstallPlan:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kleinctl import __version__
-from kleinctl.backends import Job
 from kleinctl.checks import Result, own_checks, run_checks
 from kleinctl.checks.files import ROLES, FoundFile
 from kleinctl.environment import broken
@@ -83,8 +82,8 @@ def survey(
         Misuse: there is no such model or backend.
     """
     start = time.perf_counter()
-    models = [plugins.model(model)] if model else automatic_models(plugins)
-    offers = [plugins.backend(backend)] if backend else list(plugins.backends.values())
+    models = plugins.models_for(model)
+    offers = plugins.backends_for(backend)
     facts = {"hardware": hardware, "home": str(home()), "home_error": home_error()}
     checks = [*own_checks(), *(offer.thing for offer in plugins.offers("kleinctl_checks"))]
     looked_at = [{"model": each} for each in models]
@@ -98,11 +97,6 @@ def survey(
         candidates=tuple(candidates),
         seconds=time.perf_counter() - start,
     )
-
-
-def automatic_models(plugins: Plugins) -> list[Model]:
-    """The models that `up` considers when none is named, the preferred one first."""
-    return sorted((m for m in plugins.models.values() if m.automatic is not None), key=lambda m: m.automatic or 0)
 
 
 def best(
@@ -165,6 +159,3 @@ def _identify(path: Path, plugins: Plugins) -> Identity:
 
 def _fix(model: Model) -> str:
     return f"kleinctl install --model {model.name}"
-
-
-__all__ = ["Job", "Survey", "alternative", "automatic_models", "survey"]

@@ -132,6 +132,18 @@ def test_a_size_beyond_the_memory_names_one_that_fits(kleinctl):
     assert error.problem.fix == "--size 2048x2048"
 
 
+def test_a_driver_that_is_too_old_ends_with_the_hint_to_install_another():
+    from dataclasses import replace
+
+    from kleinctl import road
+
+    plugins, hardware = Plugins(frozenset()), imagine("RTX 4090", 32 * GIB)
+    old = replace(hardware, gpus=(replace(hardware.gpus[0], driver="450.80"),))
+    problem = road.no_way(plugins, plugins.model("klein-4b"), None, old, {}).problem
+    assert (problem.name, problem.ref) == ("no-torch-build", "A01")
+    assert problem.fix.startswith("install driver")
+
+
 def test_a_card_without_the_hub_says_that_the_hub_is_missing(monkeypatch, capsys):
     for name, value in CLOSED.items():
         monkeypatch.setenv(name, value)

@@ -16,8 +16,6 @@ REFS = {2560: "C05", 4096: "C01", 5120: "C02"}
 @check("text-encoder-width")
 def text_encoder_width(transformer: Transformer, text_encoder: TextEncoder) -> Problem | None:
     """The text encoder is the one this transformer was trained with."""
-    if transformer.text_width is None or text_encoder.width is None:  # another shard has the tensor that tells
-        return None
     wanted, found = transformer.text_width // LAYERS_READ, text_encoder.width
     if found == wanted:
         return None
@@ -33,8 +31,6 @@ def text_encoder_width(transformer: Transformer, text_encoder: TextEncoder) -> P
 @check("vae-channels")
 def vae_channels(transformer: Transformer, vae: Vae) -> Problem | None:
     """The VAE makes latents of the depth that this transformer reads."""
-    if transformer.image_channels is None or vae.latent_channels is None:
-        return None
     wanted, found = transformer.image_channels // PATCH, vae.latent_channels
     if found == wanted:
         return None

@@ -95,15 +95,14 @@ def way(
         KleinctlError: it does not fit this machine.
     """
     from kleinctl import road
-    from kleinctl.survey import automatic_models
 
-    models = [plugins.model(model)] if model else automatic_models(plugins)
+    models = plugins.models_for(model)
     if variant:
         models = [with_variant(plugins, each, variant) for each in models[:1]]
     found = road.ways(plugins, models, backend, hardware, changes or {}, must_fit=must_fit)
     if not found:
         raise road.no_way(plugins, models[0], backend, hardware, changes or {})
-    return next((each for each in found if installed and road.is_installed(each)), found[0])
+    return next((each for each in found if installed and road.files(each).in_place), found[0])
 
 
 def with_variant(plugins: Plugins, model: Model, variant: str) -> Model:

@@ -34,12 +34,12 @@ def command(
 ) -> int:
     """Predicted VRAM, RAM, disk and seconds for every backend and size, here or on another machine."""
     from kleinctl.plugins import Plugins
-    from kleinctl.survey import automatic_models, best
+    from kleinctl.survey import best
 
     plugins = Plugins()
     hardware = options.limited(elsewhere(gpu, ram) if gpu or ram else options.this_machine(), vram_limit)
-    models = [plugins.model(model)] if model else automatic_models(plugins)
-    offers = [plugins.backend(backend)] if backend else list(plugins.backends.values())
+    models = plugins.models_for(model)
+    offers = plugins.backends_for(backend)
     sizes = [options.parsed_size(size)] if size else [(side, side) for side in SIDES]
     rows = []
     for width, height in sizes:

@@ -88,9 +88,10 @@ def command(
     outputs = generate.choose_outputs(jobs, out, many=count > 1)
     generate.check_jobs(jobs)
     generate.prepare_outputs(jobs, outputs)
-    if not road.is_installed(way):
+    plan = road.files(way)
+    if not plan.in_place:
         raise road.not_installed(way)
-    show.get_files(road.files(way))  # hashes what has not been hashed since it came
+    show.get_files(plan)  # hashes what has not been hashed since it came
     place = road.executor(plugins, executor)
     where = road.place(way, hardware)
     environment = show.get_environment(way, where, hardware)

@@ -67,8 +67,7 @@ def command(
     where = road.place(way, limit)
     steps.show_files(plan)
     steps.show_environment(way, where, hardware)
-    if not plan.problems:
-        steps.ask_to_fetch(plan.fetch_bytes, yes=yes)
+    steps.ask_to_fetch(plan.fetch_bytes, yes=yes)
     steps.get_files(plan)
     environment = steps.get_environment(way, where, hardware)
     now = options.limited(options.this_machine(), vram_limit)  # what is free may have changed since
@@ -95,12 +94,10 @@ def choose(
     from kleinctl import road
     from kleinctl.cli import steps
     from kleinctl.fetch import reachable
-    from kleinctl.survey import automatic_models
 
-    models = [plugins.model(model)] if model else automatic_models(plugins)
+    models = plugins.models_for(model)
     if not models:
         raise KleinctlError(no_models())
-    first: KleinctlError | None = None
     for each in models:
         try:
             found = road.ways(plugins, [each], backend, hardware, changes)
@@ -113,13 +110,12 @@ def choose(
             unreachable = reachable() if plan.fetch_bytes else None
             if unreachable is not None:
                 raise KleinctlError(unreachable)
-            if first is not None:
+            if each is not models[0]:
                 output.remark(f"so {each.name} runs instead")
             return found[0], plan
         except KleinctlError as error:
             if each is models[-1]:
                 raise
-            first = error
             output.remark(f"{error.problem.what}: {error.problem.why}")
             missing = reachable() if error.problem.name == "does-not-fit" and not each.is_packaged else None
             if missing is not None:
