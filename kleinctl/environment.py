@@ -17,13 +17,13 @@ import site
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kleinctl.home import envs_folder
-from kleinctl.problem import KleinctlError, Misuse, Problem, did_you_mean
+from kleinctl.problem import KleinctlError, Misuse, Problem, Remedy, did_you_mean
 from kleinctl.units import bytes_text
 
 if TYPE_CHECKING:
@@ -42,7 +42,9 @@ class Environment:
     """A Python and what is installed in it: `packages` by normalized name, and their versions.
 
     `torch_cuda` is the CUDA version that torch was built for ("13.0"), None for a build without CUDA or no torch.
-    `name` is the folder's name of a managed environment, "this" for the interpreter that runs kleinctl.
+    `name` is the folder's name of a managed environment, "this" for the interpreter that runs kleinctl, the name of a
+    ComfyUI for the Python that runs it. `requires` has what the packages that matter ask for, as their metadata says
+    (`Requires-Dist`), `user_site` is whether packages of the user's own folder are mixed in.
     """
 
     python: Path
@@ -50,11 +52,15 @@ class Environment:
     torch_cuda: str | None = None
     managed: bool = False
     name: str = "this"
+    python_version: str | None = None
+    requires: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    user_site: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The environment as JSON documents carry it."""
         shown = {name: self.packages[name] for name in SHOWN if name in self.packages}
-        return {**asdict(self), "python": str(self.python), "packages": shown}
+        told = {key: getattr(self, key) for key in ("torch_cuda", "managed", "name")}
+        return {"python": str(self.python), "packages": shown, **told}
 
 
 @dataclass(frozen=True)
@@ -198,9 +204,16 @@ def _unfit_torch(environment: Environment, hardware: Hardware) -> str | None:
     return None
 
 
-def find(requires: Sequence[str], hardware: Hardware, cuda: bool) -> Environment | None:
-    """The environment to run a worker in: this one, else a managed one, the newest that fits; None if there is none."""
-    candidates = (inspect(), *list_managed())
+def known() -> tuple[Environment, ...]:
+    """The environments a worker could run in, in the order in which they are tried: this one, then managed ones."""
+    return (inspect(), *list_managed())
+
+
+def find(
+    requires: Sequence[str], hardware: Hardware, cuda: bool, among: Iterable[Environment] | None = None
+) -> Environment | None:
+    """The environment to run a worker in: of `known()`, or those given, the first that fits; None if there is none."""
+    candidates = known() if among is None else among
     return next((each for each in candidates if not missing(each, requires, cuda, hardware)), None)
 
 
@@ -224,7 +237,7 @@ def broken() -> list[Problem]:
             fix="kleinctl install",
             name="environment-broken",
             path=str(folder),
-            auto=True,
+            remedy=Remedy("rebuild-environment", {"environment": folder.name}),
         )
         for folder, why in found.items()
         if isinstance(why, str)

@@ -66,16 +66,19 @@ def default_job(model: Model, **changes: Any) -> Job:
     return replace(job, **changes)
 
 
-def compare(offers: Iterable[Offer], model: Model, hardware: Hardware, job: Job) -> list[Candidate]:
+def compare(
+    offers: Iterable[Offer], model: Model, hardware: Hardware, job: Job, among: Sequence[Environment] | None = None
+) -> list[Candidate]:
     """A candidate for every backend that has the model's files in its layout, the fastest that runs first.
 
-    Loads nothing and starts nothing; of the disk it reads which environments there are.
+    Loads nothing and starts nothing. `among` are the environments there are, by default those of this machine.
     """
+    among = environments.known() if among is None else among
     found = []
     for offer in offers:
         if model.parts_for(offer.thing.layout):
             try:
-                candidate = _candidate(offer.thing, model, hardware, job)
+                candidate = _candidate(offer.thing, model, hardware, job, among)
             except Exception as error:  # a stranger's arithmetic must not take doctor down
                 problem = Problem(
                     f"{offer.thing.name} cannot say what it needs",
@@ -89,20 +92,20 @@ def compare(offers: Iterable[Offer], model: Model, hardware: Hardware, job: Job)
     return sorted(found, key=lambda each: (not each.runs, each.fit.seconds_next, each.fit.seconds_first))
 
 
-def _candidate(backend: Backend, model: Model, hardware: Hardware, job: Job) -> Candidate:
+def _candidate(backend: Backend, model: Model, hardware: Hardware, job: Job, among: Sequence[Environment]) -> Candidate:
     """The backend on the card, where model, card and driver can; else on the CPU, where the model can.
 
     A model that also runs on the CPU does not have gigabytes of CUDA packages fetched for it.
     """
     cpu = "cpu" in model.devices
     if hardware.gpu is not None and "cuda" in model.devices:
-        environment = environments.find(backend.requires, hardware, cuda=True)
+        environment = environments.find(backend.requires, hardware, cuda=True, among=among)
         if environment is not None or not cpu:
             on_card = _on(backend, model, hardware, job, environment, "cuda:0")
             if on_card.runs or not cpu:
                 return on_card
     elsewhere = replace(hardware, gpus=()) if cpu else hardware
-    found = environments.find(backend.requires, hardware, cuda=False) if cpu else None
+    found = environments.find(backend.requires, hardware, cuda=False, among=among) if cpu else None
     return _on(backend, model, elsewhere, job, found, "cpu" if cpu else "cuda:0")
 
 

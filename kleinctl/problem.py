@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Severity = Literal["error", "warning"]
@@ -13,12 +13,34 @@ OK, PROBLEMS, MISUSED, BUG, INTERRUPTED = 0, 1, 2, 3, 130  # exit codes, as READ
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What a verdict rests on: what was looked at (a file, a package, a variable), what it showed, what was wanted."""
+
+    looked_at: str
+    found: str
+    wanted: str = ""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """What `doctor --fix` can do about a problem: the name of one of its actions, and what that is to act on.
+
+    `consent` is `auto` for what is safe and kept to kleinctl's own folder, `ask` for what changes the user's files,
+    settings or environments, or fetches gigabytes.
+    """
+
+    action: str
+    arguments: Mapping[str, str] = field(default_factory=dict, hash=False)
+    consent: Literal["auto", "ask"] = "auto"
+
+
+@dataclass(frozen=True)
 class Problem:
     """One thing that is wrong.
 
     `what` names the file or part and stands alone, `why` puts wanted and found side by side, `fix` can be pasted.
-    `name` is a lasting kebab-case name (a check's runner fills it in), `path` the file meant, `auto` whether
-    `doctor --fix` can do it, `ref` the entry of the failure catalogue it stands for.
+    `name` is a lasting kebab-case name (a check's runner fills it in) that `kleinctl explain` knows, `path` the file
+    meant, `ref` the entry of the failure catalogue it stands for. Without a `remedy` the fix is for people to do.
     """
 
     what: str
@@ -27,13 +49,26 @@ class Problem:
     name: str = ""
     severity: Severity = "error"
     path: str | None = None
-    auto: bool = False
     ref: str | None = None
+    evidence: tuple[Evidence, ...] = ()
+    remedy: Remedy | None = None
+
+    @property
+    def auto(self) -> bool:
+        """Whether `doctor --fix` can do it, perhaps after asking."""
+        return self.remedy is not None
 
     def to_json(self) -> dict[str, Any]:
         """The problem as it stands in `doctor --json`, without empty keys."""
-        optional = {"path", "ref"}
-        return {key: value for key, value in asdict(self).items() if key not in optional or value is not None}
+        said = {key: getattr(self, key) for key in ("what", "why", "fix", "name", "severity")}
+        known = {key: value for key in ("path", "ref") if (value := getattr(self, key)) is not None}
+        if self.evidence:
+            known["evidence"] = [
+                {key: value for key, value in vars(each).items() if value or key != "wanted"} for each in self.evidence
+            ]
+        if self.remedy is not None:
+            known["remedy"] = {**vars(self.remedy), "arguments": dict(self.remedy.arguments)}
+        return {**said, "auto": self.auto, **known}
 
 
 class KleinctlError(Exception):

@@ -1,26 +1,22 @@
-"""Everything doctor knows of a machine: gathered once, judged once, then only shown."""
+"""What doctor makes of the facts of a machine: judged once, then only shown."""
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kleinctl import __version__
 from kleinctl.checks import Result, own_checks, run_checks
-from kleinctl.checks.files import ROLES, FoundFile
-from kleinctl.environment import broken
-from kleinctl.home import home
+from kleinctl.environment import Environment, broken
 from kleinctl.planner import Candidate, Choice, choose, compare, default_job
 from kleinctl.plugins import Plugins
 from kleinctl.problem import Problem
 
 if TYPE_CHECKING:
+    from kleinctl.facts import Facts
     from kleinctl.hardware import Hardware
-    from kleinctl.identify import Identity
     from kleinctl.manifest import Model
 
 
@@ -28,12 +24,17 @@ if TYPE_CHECKING:
 class Survey:
     """A machine, what is wrong with it, and what would run on it."""
 
-    hardware: Hardware
+    facts: Facts
     results: tuple[Result, ...]
     problems: tuple[Problem, ...]
     choice: Choice | None
     candidates: tuple[Candidate, ...]
     seconds: float
+
+    @property
+    def hardware(self) -> Hardware:
+        """The machine."""
+        return self.facts.hardware
 
     @property
     def errors(self) -> list[Problem]:
@@ -63,20 +64,25 @@ def alternative(candidate: Candidate, chosen: Candidate | None) -> dict[str, Any
     return {**found, "why_not": why} if why else found
 
 
-def survey(
+def survey(plugins: Plugins, facts: Facts, **question: Any) -> Survey:
+    """Judge this machine, whose facts have just been gathered: as `judge`, and what is wrong with kleinctl itself."""
+    found = judge(plugins, facts, **question)
+    return replace(found, problems=(*plugins.problems, *broken(), *found.problems))
+
+
+def judge(
     plugins: Plugins,
-    hardware: Hardware,
+    facts: Facts,
     *,
     model: str | None = None,
     backend: str | None = None,
-    comfyui: Path | None = None,
     changes: Mapping[str, Any] | None = None,
     plan_for: Hardware | None = None,
 ) -> Survey:
-    """Judge this machine: run every check, and compare every backend.
+    """Judge facts, of this machine or from a report: run every check, and compare every backend.
 
-    `plan_for` is the machine to compare backends on, where that is not all of `hardware` (`--vram-limit`).
-    Without `model` the automatic ones are considered in their order, and the first that runs here is chosen.
+    `plan_for` is the machine to compare backends on, where that is not all of the facts' (`--vram-limit`).
+    Without `model` the automatic ones are considered in their order, and the first that runs there is chosen.
 
     Raises:
         Misuse: there is no such model or backend.
@@ -84,15 +90,14 @@ def survey(
     start = time.perf_counter()
     models = plugins.models_for(model)
     offers = plugins.backends_for(backend)
-    facts = {"hardware": hardware, "home": str(home()), "home_error": home_error()}
     checks = [*own_checks(), *(offer.thing for offer in plugins.offers("kleinctl_checks"))]
     looked_at = [{"model": each} for each in models]
-    results = run_checks(checks, facts, [*looked_at, *scenes(plugins, comfyui)])
-    candidates, choice = best(offers, models, plan_for or hardware, changes or {})
+    results = run_checks(checks, facts.once(), [*looked_at, *facts.scenes()])
+    candidates, choice = best(offers, models, plan_for or facts.hardware, changes or {}, facts.environments)
     return Survey(
-        hardware=hardware,
+        facts=facts,
         results=tuple(results),
-        problems=(*plugins.problems, *broken(), *(problem for result in results for problem in result.problems)),
+        problems=tuple(problem for result in results for problem in result.problems),
         choice=choice,
         candidates=tuple(candidates),
         seconds=time.perf_counter() - start,
@@ -100,62 +105,16 @@ def survey(
 
 
 def best(
-    offers: Sequence[Any], models: Sequence[Model], hardware: Hardware, changes: Mapping[str, Any]
+    offers: Sequence[Any],
+    models: Sequence[Model],
+    hardware: Hardware,
+    changes: Mapping[str, Any],
+    among: Sequence[Environment] | None = None,
 ) -> tuple[list[Candidate], Choice | None]:
     """Every candidate in the order of the models, and the choice: the fastest of the first model that runs."""
     candidates, choice = [], None
     for model in models:
-        own = compare(offers, model, hardware, default_job(model, **changes))
+        own = compare(offers, model, hardware, default_job(model, **changes), among)
         choice = choice or choose(own)
         candidates += own
     return candidates, choice
-
-
-def home_error() -> str:
-    """Why kleinctl's folder cannot be written to, or an empty string."""
-    folder = home()
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    if not folder.is_dir():
-        return f"{folder} is a file"
-    return "" if os.access(folder, os.W_OK | os.X_OK) else f"{folder} does not let this user write"
-
-
-def scenes(plugins: Plugins, comfyui: Path | None) -> Iterator[Mapping[str, Any]]:
-    """What checks of files look at: each weights file that is in place, and each set that is loaded together."""
-    for model in plugins.models.values():
-        for layout, root in _roots(model, comfyui):
-            files = list(_files(model, layout, root, plugins))
-            yield from ({"found_file": found} for found in files)
-            together: dict[str, Any] = {}
-            for found in files:  # of shards the first, which has the tensors that tell
-                together.setdefault(found.role.replace("-", "_"), found.identity.facts)
-            if len(together) > 1:
-                yield together
-
-
-def _roots(model: Model, comfyui: Path | None) -> Iterator[tuple[str, Path]]:
-    from kleinctl import store
-
-    for layout in model.layouts:
-        yield layout, store.model_folder(model.name, layout)
-    if comfyui is not None:
-        yield "comfyui", comfyui / "models"
-
-
-def _files(model: Model, layout: str, root: Path, plugins: Plugins) -> Iterator[FoundFile]:
-    for part in model.parts_for(layout):
-        path = root / part.to[layout]  # confined by the manifest; people link the folders of their ComfyUI elsewhere
-        if part.role in ROLES and path.suffix in (".safetensors", ".gguf") and path.exists():
-            identity = _identify(path, plugins)
-            yield FoundFile(path, identity, model.name, part.id, part.role, part.family, part.size, _fix(model))
-
-
-def _identify(path: Path, plugins: Plugins) -> Identity:
-    from kleinctl.identify import identify
-
-    return identify(path, signatures=[offer.thing for offer in plugins.offers("kleinctl_signatures")])
-
-
-def _fix(model: Model) -> str:
-    return f"kleinctl install --model {model.name}"

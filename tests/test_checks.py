@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from kleinctl.checks import check, own_checks, run_checks
+from kleinctl.facts import weights as weights_facts
 from kleinctl.hardware import Hardware
 from kleinctl.problem import Problem
-from kleinctl.survey import scenes
 from tests import weights
 from tests.conftest import REPOSITORY
 
@@ -238,4 +238,4 @@ def test_check_names_are_lasting_words_and_said_once():
 def test_nothing_installed_is_no_scene(plugins=None):
     from kleinctl.plugins import Plugins
 
-    assert list(scenes(Plugins(frozenset()), None)) == []
+    assert weights_facts.gather(Plugins(frozenset())) == ()

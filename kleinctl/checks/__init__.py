@@ -1,4 +1,4 @@
-"""Questions that doctor asks: a check names the facts it wants as arguments, and returns a problem or nothing.
+"""Questions that doctor asks: a check names the facts it wants as arguments, and returns what is wrong, or nothing.
 
 Checks open no file and print nothing. `hardware` and the like are gathered once; facts that come several times (each
 weights file, each set of parts that would be loaded together) come as scenes, and a check runs once for each.
@@ -7,14 +7,20 @@ weights file, each set of parts that would be loaded together) come as scenes, a
 from __future__ import annotations
 
 import inspect
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from kleinctl.problem import Problem
 
-Function = Callable[..., "Problem | None"]
+#: What a check returns: nothing, a problem, or several.
+Verdict = Problem | Iterable[Problem] | None
+Function = Callable[..., Verdict]
+
+#: How long a check may take, in seconds, all its scenes together: it is arithmetic on facts.
+CHECK_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -53,14 +59,25 @@ def check(name: str) -> Callable[[Function], Check]:
 
 
 def run_checks(
-    checks: Sequence[Check], facts: Mapping[str, Any], scenes: Sequence[Mapping[str, Any]] = ()
+    checks: Sequence[Check], facts: Mapping[str, Any], scenes: Iterable[Mapping[str, Any]] = ()
 ) -> list[Result]:
     """Ask every check about the facts, and about each scene that has what it wants."""
-    return [_run(each, facts, scenes) for each in checks]
-
-
-def _run(each: Check, facts: Mapping[str, Any], scenes: Sequence[Mapping[str, Any]]) -> Result:
     rounds = [{**facts, **scene} for scene in ({}, *scenes)]
+    return [_within_time(each, facts, rounds) for each in checks]
+
+
+def _within_time(each: Check, facts: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> Result:
+    """The check's result, or one that says it took too long: then it is left behind on its thread."""
+    results: list[Result] = []
+    thread = threading.Thread(target=lambda: results.append(_run(each, facts, rounds)), daemon=True)
+    thread.start()
+    thread.join(CHECK_SECONDS)
+    if results:
+        return results[0]
+    return Result(each.name, "skipped", f"It took longer than {CHECK_SECONDS:.0f} s.", CHECK_SECONDS)
+
+
+def _run(each: Check, facts: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> Result:
     own = [names for names in rounds if all(names.get(want) is not None for want in each.wants)]
     if all(facts.get(want) is not None for want in each.wants):
         own = own[:1]  # it reads nothing that a scene adds
@@ -70,23 +87,28 @@ def _run(each: Check, facts: Mapping[str, Any], scenes: Sequence[Mapping[str, An
     start, problems = time.perf_counter(), []
     for names in own:
         try:
-            found = each.function(**{want: names[want] for want in each.wants})
+            problems += _listed(each.function(**{want: names[want] for want in each.wants}))
         except Exception as error:  # a check that crashes is one line; the others still run
             why = f"The check crashed: {type(error).__name__}: {error}"
             return Result(each.name, "skipped", why.splitlines()[0], time.perf_counter() - start)
-        if found is not None:
-            problems.append(replace(found, name=found.name or each.name))
-    why = each.sentence if not problems else problems[0].what
-    return Result(each.name, "problem" if problems else "ok", why, time.perf_counter() - start, tuple(problems))
+    named = tuple(replace(problem, name=problem.name or each.name) for problem in problems)
+    why = each.sentence if not named else named[0].what
+    return Result(each.name, "problem" if named else "ok", why, time.perf_counter() - start, named)
+
+
+def _listed(verdict: Verdict) -> list[Problem]:
+    if verdict is None:
+        return []
+    return [verdict] if isinstance(verdict, Problem) else list(verdict)
 
 
 def own_checks() -> list[Check]:
     """The checks that come with kleinctl, in the order in which people want to read them."""
-    from kleinctl.checks import environment, files, machine, pairing
+    from kleinctl.checks import comfyui, downloads, environment, files, job, machine, pairing, run, workflow
 
     return [
         value
-        for module in (machine, environment, files, pairing)
+        for module in (machine, environment, downloads, files, pairing, comfyui, workflow, job, run)
         for value in vars(module).values()
         if isinstance(value, Check)
     ]

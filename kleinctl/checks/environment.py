@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kleinctl.checks import check
+from kleinctl.facts.system import System
 from kleinctl.hardware import Hardware
 from kleinctl.problem import Problem
 
@@ -23,13 +24,13 @@ def torch_cuda(hardware: Hardware) -> Problem | None:
 
 
 @check("home-writable")
-def home_writable(home: str, home_error: str) -> Problem | None:
+def home_writable(system: System) -> Problem | None:
     """kleinctl's folder can be written to."""
-    if not home_error:
+    if not system.home_error:
         return None
     return Problem(
-        f"{home} cannot be written to",
-        f"{home_error}.",
+        f"{system.home} cannot be written to",
+        f"{system.home_error}.",
         "set KLEINCTL_HOME to a folder of yours",
-        path=home,
+        path=system.home,
     )

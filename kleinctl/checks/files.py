@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 from kleinctl.checks import check
-from kleinctl.identify import Identity, title
+from kleinctl.facts.weights import FoundFile
+from kleinctl.identify import title
 from kleinctl.manifest import Model
-from kleinctl.problem import Problem
+from kleinctl.problem import Problem, Remedy
 from kleinctl.units import bytes_text
 
 BROKEN = {
@@ -26,20 +24,6 @@ REFS = {"qwen3-8b": "C01", "mistral-small": "C02", "t5-xxl": "C04", "qwen3-4b": 
 ROLES = {"vae": "VAE", "text-encoder": "text encoder", "transformer": "transformer"}
 
 
-@dataclass(frozen=True)
-class FoundFile:
-    """A weights file where a part of a model should be: what was wanted there and what its header says it is."""
-
-    path: Path
-    identity: Identity
-    model: str
-    part: str
-    role: str
-    family: str
-    size_bytes: int | None
-    fix: str
-
-
 @check("weights-readable")
 def weights_readable(found_file: FoundFile) -> Problem | None:
     """Every weights file is complete and is a weights file."""
@@ -54,7 +38,7 @@ def weights_readable(found_file: FoundFile) -> Problem | None:
         found_file.fix,
         name=f"weights-{identity.kind}",
         path=str(found_file.path),
-        auto=True,
+        remedy=_fetch(found_file),
     )
 
 
@@ -105,6 +89,14 @@ def _wrong(found: FoundFile, role: str) -> Problem | None:
         f"Wanted is {wanted}; this file shows {identity.saw.rstrip('.')}.",
         found.fix,
         path=str(found.path),
-        auto=True,
+        remedy=_fetch(found),
         ref=REFS.get(identity.family, "C09" if role == "vae" else None),
     )
+
+
+def _fetch(found: FoundFile) -> Remedy | None:
+    """Put the right file in the place of this one, which goes to quarantine."""
+    if not found.part:
+        return None
+    arguments = {"model": found.model, "part": found.part, "path": str(found.path)}
+    return Remedy("replace-file", arguments, "auto" if found.place == "store" else "ask")

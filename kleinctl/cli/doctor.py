@@ -36,12 +36,14 @@ def command(
 
     Reads headers and versions, loads nothing, and changes nothing.
     """
+    from kleinctl.facts import gather
     from kleinctl.plugins import Plugins
     from kleinctl.survey import survey
 
     plugins, hardware = Plugins(), options.this_machine()
     limit = options.limited(hardware, vram_limit)
-    found = survey(plugins, hardware, model=model, backend=backend, comfyui=comfyui, plan_for=limit)
+    facts = gather(plugins, hardware, folders=[comfyui] if comfyui else [])
+    found = survey(plugins, facts, model=model, backend=backend, plan_for=limit)
     told = explained(log, plugins) if log is not None else []
     if as_json:
         document = found.to_json()

@@ -44,6 +44,7 @@ def command(
     from kleinctl.cli import steps
     from kleinctl.cli.doctor import machine_lines
     from kleinctl.cli.run import jobs_of, print_result
+    from kleinctl.facts import gather
     from kleinctl.plugins import Plugins
     from kleinctl.survey import survey
 
@@ -57,7 +58,7 @@ def command(
     limit = options.limited(hardware, vram_limit)
     for line in machine_lines(hardware):
         output.remark(line)
-    found = survey(plugins, hardware, model=model, backend=backend, changes=changes, plan_for=limit)
+    found = survey(plugins, gather(plugins, hardware), model=model, backend=backend, changes=changes, plan_for=limit)
     output.show_problems(found.problems)
     output.remark("")
     way, plan = choose(plugins, limit, model, backend, changes, allow_unverified, accept=accept_licence or yes)

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import re
-import types
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal
 
-from kleinctl.problem import KleinctlError, Problem
+from kleinctl import documents
 
 if TYPE_CHECKING:
     from kleinctl.hardware.catalogue import Performance
 
 NvmlStatus = Literal["ok", "absent", "driver-library-mismatch", "no-permission", "no-driver", "error"]
-
-#: Bounds of what `Hardware.from_json` takes: these documents come from strangers.
-MAX_TEXT, MAX_ITEMS, MAX_NUMBER = 2000, 512, 2**63
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,9 @@ class Gpu:
     `vram_bytes` is NVML's total; torch sees less of it (15,933 of 16,376 MiB on a 4070 Ti SUPER). With MIG on, both
     sizes are those of the slice with the most free memory, since a process can use no more. `pcie_generation` and
     `pcie_width` are the most that card and board can do, the `_now` ones what the link does at this moment (an idle
-    card drops to generation 1). `hidden` is true where `CUDA_VISIBLE_DEVICES` keeps the card from CUDA programs.
+    card drops to generation 1). `throttled` names why the card runs slower than it could at this moment ("power",
+    "heat", "hardware"; an idle card is not throttled). `hidden` is true where `CUDA_VISIBLE_DEVICES` keeps the card
+    from CUDA programs.
     """
 
     name: str
@@ -72,10 +69,16 @@ class Gpu:
     processes: tuple[GpuProcess, ...] = ()
     hidden: bool = False
     uuid: str | None = None
+    power_limit_watts: int | None = None
+    power_default_watts: int | None = None
+    throttled: tuple[str, ...] = ()
+    temperature_celsius: int | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\d{1,2}\.\d{1,2}", self.compute_capability, re.ASCII):
-            raise _wrong(f"compute_capability of {self.name}", "two numbers such as 8.9", self.compute_capability)
+            raise documents.unreadable(
+                f"compute_capability of {self.name}", "two numbers such as 8.9", self.compute_capability
+            )
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -108,8 +111,10 @@ class Gpu:
 
     def to_json(self) -> dict[str, Any]:
         """The card as it stands in `doctor --json`."""
-        facts = {key: _plain(value) for key, value in vars(self).items() if key != "uuid" or value is not None}
+        facts = {key: documents.plain(value) for key, value in vars(self).items() if key != "uuid" or value is not None}
         return {"name": facts.pop("name"), "arch": self.arch, **facts}
+
+    to_document = to_json
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,10 @@ class NvmlState:
 
 @dataclass(frozen=True)
 class Disk:
-    """The file system that holds, or would hold, `path`. `max_file_bytes` is None where no file is too large."""
+    """The file system that holds, or would hold, `path`. `max_file_bytes` is None where no file is too large.
+
+    `rotational`: it turns (a hard disk); None where the system does not say.
+    """
 
     path: str
     free_bytes: int
@@ -140,6 +148,8 @@ class Disk:
     filesystem: str = "unknown"
     hard_links: bool = False
     max_file_bytes: int | None = None
+    rotational: bool | None = None
+    network: bool = False
 
 
 @dataclass(frozen=True)
@@ -205,7 +215,7 @@ class Hardware:
 
     def to_json(self) -> dict[str, Any]:
         """The facts as `doctor --json` carries them under "hardware"."""
-        document: dict[str, Any] = _plain(self)
+        document: dict[str, Any] = documents.plain(self)
         for name, package in document["packages"].items():
             if name != "torch":
                 del package["cuda"]
@@ -219,11 +229,11 @@ class Hardware:
             KleinctlError: a value has the wrong type or is out of bounds, or `gpus`, `ram_bytes` or `platform` is
                 missing. Characters that a terminal would act on are replaced, not refused.
         """
-        given = _sized(document, dict, "hardware")
+        given = documents.sized(document, dict, "hardware")
         for key in ("gpus", "ram_bytes", "platform"):
             if key not in given:
-                raise _wrong(f"hardware.{key}", "a value", "nothing")
-        return _read(cls, {"nvml": {"status": "ok" if given["gpus"] else "absent"}, **given}, "hardware")
+                raise documents.unreadable(f"hardware.{key}", "a value", "nothing")
+        return documents.read(cls, {"nvml": {"status": "ok" if given["gpus"] else "absent"}, **given}, "hardware")
 
 
 def text_of(path: Path) -> str:
@@ -232,90 +242,3 @@ def text_of(path: Path) -> str:
         return path.read_text(errors="replace")
     except OSError:
         return ""
-
-
-def _plain(value: Any) -> Any:
-    """Facts as JSON's own types, in the order they are declared."""
-    if isinstance(value, Gpu):
-        return value.to_json()
-    if is_dataclass(value):
-        return {key: _plain(item) for key, item in vars(value).items()}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return value
-
-
-Fact = TypeVar("Fact")
-
-
-def _read(kind: type[Fact], value: Any, where: str) -> Fact:
-    """`value` as `kind`, which is a type of the facts above: the annotations are the schema."""
-    found: Any
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):  # always `X | None` here
-        found = None if value is None else _read(inner[0], value, where)
-    elif is_dataclass(kind):
-        found = _read_fact(kind, value, where)
-    elif origin is tuple:
-        items = _sized(value, list, where)
-        found = tuple(_read(inner[0], item, f"{where}[{number}]") for number, item in enumerate(items))
-    elif origin is Mapping:
-        pairs = _sized(value, dict, where).items()
-        found = {_read(str, key, where): _read(inner[1], item, f"{where}.{key}"[:MAX_TEXT]) for key, item in pairs}
-    elif origin is Literal:
-        if value not in inner:
-            raise _wrong(where, "one of " + ", ".join(inner), value)
-        found = value
-    else:
-        found = _read_scalar(kind, value, where)
-    return found
-
-
-def _read_fact(kind: Any, value: Any, where: str) -> Any:
-    given = _sized(value, dict, where)
-    hints = _hints(kind)
-    for wanted in fields(kind):
-        if wanted.name not in given and wanted.default is MISSING and wanted.default_factory is MISSING:
-            raise _wrong(f"{where}.{wanted.name}", "a value", "nothing")
-    return kind(**{key: _read(hints[key], given[key], f"{where}.{key}") for key in hints if key in given})
-
-
-def _read_scalar(kind: type, value: Any, where: str) -> Any:
-    exactly = type(value) is kind  # True is no number here
-    if not exactly:
-        raise _wrong(where, {int: "a whole number", str: "text", bool: "true or false"}[kind], value)
-    if kind is str:
-        if len(value) > MAX_TEXT:
-            raise _wrong(where, f"text of at most {MAX_TEXT} characters", f"{len(value)} characters")
-        return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in value)
-    if kind is int and not 0 <= value < MAX_NUMBER:
-        raise _wrong(where, "a number from 0 to 2^63", value)
-    return value
-
-
-def _sized(value: Any, kind: type, where: str) -> Any:
-    fits = isinstance(value, kind)
-    if not fits:
-        raise _wrong(where, "a list" if kind is list else "an object", value)
-    if len(value) > MAX_ITEMS:
-        raise _wrong(where, f"at most {MAX_ITEMS} entries", f"{len(value)} entries")
-    return value
-
-
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    names = {item.name for item in fields(kind)}  # type: ignore[arg-type]
-    return {name: hint for name, hint in get_type_hints(kind).items() if name in names}
-
-
-def _wrong(where: str, wanted: str, found: object) -> KleinctlError:
-    return KleinctlError(
-        Problem(
-            what=f"{where[:80]} in this report cannot be read",
-            why=f"Wanted is {wanted}; found is {ascii(found)[:80]}.",
-            fix="kleinctl doctor --json   # on the machine in question, to make a fresh one",
-            name="report-unreadable",
-        )
-    )

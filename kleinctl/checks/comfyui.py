@@ -1,0 +1,3 @@
+"""Would this ComfyUI find and run its files?"""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Did a finished run go as it should?"""
+
+from __future__ import annotations

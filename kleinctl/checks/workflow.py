@@ -1,0 +1,3 @@
+"""Would this ComfyUI workflow run?"""
+
+from __future__ import annotations

@@ -1,0 +1,118 @@
+"""Everything doctor goes by: gathered once and frozen, and the same whether from this machine or from a report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kleinctl import documents, environment
+from kleinctl.environment import Environment
+from kleinctl.facts import comfyui, hub_cache, probe, system, weights, workflow
+from kleinctl.facts.comfyui import ComfyUI
+from kleinctl.facts.hub_cache import HubCache
+from kleinctl.facts.probe import Probe
+from kleinctl.facts.system import System
+from kleinctl.facts.weights import FoundFile
+from kleinctl.facts.workflow import Workflow
+from kleinctl.hardware import Hardware
+
+if TYPE_CHECKING:
+    from kleinctl.plugins import Plugins
+
+__all__ = ["ComfyUI", "Environment", "Facts", "FoundFile", "HubCache", "Probe", "System", "Workflow", "gather"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A machine and what is on it. `seconds` says how long each family of facts took to gather."""
+
+    hardware: Hardware
+    system: System = field(default_factory=System)
+    environments: tuple[Environment, ...] = ()
+    files: tuple[FoundFile, ...] = ()
+    comfyuis: tuple[ComfyUI, ...] = ()
+    hub_cache: HubCache | None = None
+    workflow: Workflow | None = None
+    probes: tuple[Probe, ...] = ()
+    remarks: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    def once(self) -> dict[str, Any]:
+        """The facts that exist once, by the names that checks ask for them with."""
+        return {"hardware": self.hardware, "system": self.system, "hub_cache": self.hub_cache}
+
+    def scenes(self) -> Iterator[Mapping[str, Any]]:
+        """The facts that come several times, each with what belongs to it. A check runs for each scene it can read."""
+        yield from ({"environment": each} for each in self.environments)
+        yield from ({"found_file": each} for each in self.files)
+        yield from ({"probe": each} for each in self.probes)
+        for each in self.comfyuis:
+            yield {"comfyui": each, "comfyui_files": tuple(file for file in self.files if file.place == each.name)}
+        if self.workflow is not None:
+            checkout = self.comfyuis[0] if self.comfyuis else None
+            yield {"workflow": self.workflow, "workflow_comfyui": checkout, "workflow_files": self.files}
+        for name in dict.fromkeys(each.set_name for each in self.files if each.set_name):
+            yield self._together(name)
+
+    def _together(self, set_name: str) -> Mapping[str, Any]:
+        """The parts of one model that would be loaded together; of shards the first, which has what tells."""
+        found: dict[str, Any] = {}
+        for each in self.files:
+            if each.set_name == set_name and each.identity.facts is not None:
+                found.setdefault(each.role.replace("-", "_"), each.identity.facts)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts as a report carries them."""
+        return {key: documents.plain(value) for key, value in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, document: object) -> Facts:
+        """Read what `to_json` wrote, perhaps by another version of kleinctl. Unknown keys are ignored.
+
+        Raises:
+            KleinctlError: a value is missing, has the wrong type or is out of bounds.
+        """
+        given = documents.sized(document, dict, "facts")
+        hardware = Hardware.from_json(given.get("hardware"))
+        return documents.read(cls, {**given, "hardware": documents.plain(hardware)}, "facts")
+
+
+def gather(
+    plugins: Plugins,
+    hardware: Hardware,
+    *,
+    folders: Sequence[Path] = (),
+    workflow_file: Path | None = None,
+    deep: bool = False,
+) -> Facts:
+    """Everything about this machine. `folders` are ComfyUI's or diffusers' that the user named.
+
+    With `deep`, torch is imported in a process of its own in each environment that has it.
+    """
+    seconds: dict[str, float] = {}
+
+    def timed(family: str, ask: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        answer = ask()
+        seconds[family] = round(time.perf_counter() - start, 4)
+        return answer
+
+    found = {folder: comfyui.read(folder) for folder in folders}
+    comfyuis = tuple(each for each in found.values() if each is not None)
+    others = [folder for folder, each in found.items() if each is None]
+    known = timed("environments", environment.known)
+    return Facts(
+        hardware=hardware,
+        system=timed("system", system.gather),
+        environments=known,
+        files=timed("files", lambda: weights.gather(plugins, comfyuis, others)),
+        comfyuis=comfyuis,
+        hub_cache=timed("hub_cache", lambda: hub_cache.gather(plugins)),
+        workflow=workflow.read(workflow_file) if workflow_file else None,
+        probes=tuple(probe.probe(each) for each in known if "torch" in each.packages) if deep else (),
+        seconds=seconds,
+    )
