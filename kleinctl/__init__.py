@@ -9,6 +9,7 @@ __all__ = [
     "Budget",
     "Check",
     "Environment",
+    "Evidence",
     "Fit",
     "Gpu",
     "Hardware",
@@ -19,6 +20,8 @@ __all__ = [
     "Model",
     "Part",
     "Problem",
+    "Remedy",
+    "Sighting",
     "Signature",
     "check",
     "hookimpl",
@@ -32,10 +35,10 @@ if TYPE_CHECKING:
     from kleinctl.environment import Environment
     from kleinctl.hardware import Gpu, Hardware
     from kleinctl.identify import Signature
-    from kleinctl.logs import LogPattern
+    from kleinctl.logs import LogPattern, Sighting
     from kleinctl.manifest import Model, Part
     from kleinctl.plugins import hookimpl
-    from kleinctl.problem import KleinctlError, Problem
+    from kleinctl.problem import Evidence, KleinctlError, Problem, Remedy
 
 _WHERE = {
     "API_VERSION": "backends",
@@ -50,11 +53,14 @@ _WHERE = {
     "Hardware": "hardware",
     "Signature": "identify",
     "LogPattern": "logs",
+    "Sighting": "logs",
     "Model": "manifest",
     "Part": "manifest",
     "hookimpl": "plugins",
     "KleinctlError": "problem",
     "Problem": "problem",
+    "Evidence": "problem",
+    "Remedy": "problem",
 }
 
 

@@ -87,8 +87,9 @@ Progress = Callable[[str, int, int], None]
 class Session(Protocol):
     """A loaded model that makes pictures, in the worker process.
 
-    It may have `warnings`, a list of sentences about the last picture (kleinctl shows and empties it), and `dtype`,
-    the precision it computes in where that is not the manifest's.
+    It may have `warnings`, a list of sentences about the last picture (kleinctl shows and empties it), `dtype`, the
+    precision it computes in where that is not the manifest's, `tokenizer` (kleinctl says what of a long prompt was not
+    read) and `tiling`, side and overlap in pixels of the tiles that the last picture was decoded in.
     """
 
     #: How the weights are held, in one or two words; goes into the record of each picture.

@@ -17,17 +17,17 @@ import site
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kleinctl.home import envs_folder
-from kleinctl.problem import KleinctlError, Misuse, Problem, Remedy, did_you_mean
+from kleinctl.problem import Evidence, KleinctlError, Misuse, Problem, Remedy, did_you_mean
 from kleinctl.units import bytes_text
 
 if TYPE_CHECKING:
-    from kleinctl.hardware import Gpu, Hardware
+    from kleinctl.hardware import Gpu, Hardware, Package
 
 RECORD = "environment.json"
 DRIVERS = "https://www.nvidia.com/drivers"
@@ -44,7 +44,8 @@ class Environment:
     `torch_cuda` is the CUDA version that torch was built for ("13.0"), None for a build without CUDA or no torch.
     `name` is the folder's name of a managed environment, "this" for the interpreter that runs kleinctl, the name of a
     ComfyUI for the Python that runs it. `requires` has what the packages that matter ask for, as their metadata says
-    (`Requires-Dist`), `user_site` is whether packages of the user's own folder are mixed in.
+    (`Requires-Dist`), `user_site` is whether packages of the user's own folder are mixed in. `leaks` are packages that
+    matter and come from outside of it, by where they come from: "PYTHONPATH", or the user's own folder ("user site").
     """
 
     python: Path
@@ -55,6 +56,7 @@ class Environment:
     python_version: str | None = None
     requires: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
     user_site: bool = False
+    leaks: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
 
     def to_json(self) -> dict[str, Any]:
         """The environment as JSON documents carry it."""
@@ -123,42 +125,144 @@ OnEvent = Callable[[BuildEvent], None]
 # What is installed
 
 
-def inspect(python: Path | None = None) -> Environment:
+#: Packages whose versions have to agree: who asks for something, and what is asked for.
+MATTER = frozenset(
+    (*SHOWN, "torchvision", "torchaudio", "huggingface-hub", "xformers", "flash-attn", "sageattention", "triton")
+)
+_ASKING = MATTER | {"scipy", "pandas", "opencv-python", "opencv-python-headless", "numba", "onnxruntime", "peft"}
+#: The most that is read of a package's metadata, in bytes; what it asks for stands in its first lines.
+MAX_METADATA = 2**17
+
+
+def inspect(python: Path | None = None, name: str = "this") -> Environment:
     """What another interpreter, or this one, has: read from file names, nothing is run or imported."""
     from kleinctl.hardware.packages import packages_in
 
     folders = site.getsitepackages() if python is None else [str(folder) for folder in _site_packages(python)]
     torch = packages_in(folders).get("torch")
-    cuda = torch.cuda if torch and torch.cuda != "unknown" else None
-    return Environment(python or Path(sys.executable), _installed(folders), cuda)
+    infos = _infos(folders)
+    version = "{}.{}.{}".format(*sys.version_info[:3]) if python is None else _python_version(python)
+    leaks = _leaks(python, version)
+    return Environment(
+        python=python or Path(sys.executable),
+        packages={package: found for package, (found, _) in infos.items()},
+        torch_cuda=_cuda_of(torch) if torch else None,
+        name=name,
+        python_version=version,
+        requires={package: asked for package, (_, info) in infos.items() if (asked := _requires(package, info))},
+        user_site="user site" in leaks,
+        leaks=leaks,
+    )
+
+
+def _cuda_of(torch: Package) -> str | None:
+    """The CUDA version torch was built for; by its version's tag (`+cu128`) where its own file cannot be read."""
+    tag = re.search(r"\+cu(\d+)(\d)$", torch.version or "")
+    return torch.cuda if torch.cuda != "unknown" else f"{tag[1]}.{tag[2]}" if tag else None
 
 
 def _site_packages(python: Path) -> list[Path]:
     """The folders that `python` imports packages from: of a venv, of an installation, of an embedded Python."""
-    prefix = python.parent.parent
-    if not (prefix / "pyvenv.cfg").is_file():
-        prefix = python.parent if (python.parent / "Lib").is_dir() else python.resolve().parent.parent
+    prefix = _prefix(python)
     found = (prefix / "Lib" / "site-packages", *sorted(prefix.glob("lib*/python3*/*-packages")))
     return [folder for folder in found if folder.is_dir()]
 
 
-def _installed(folders: Iterable[str]) -> dict[str, str]:
-    """Names and versions, as installers write them into folder names: `torch-2.13.0+cu130.dist-info`."""
-    found: dict[str, str] = {}
+def _prefix(python: Path) -> Path:
+    """The folder of the environment or installation that `python` belongs to."""
+    prefix = python.parent.parent
+    if (prefix / "pyvenv.cfg").is_file():
+        return prefix
+    return python.parent if (python.parent / "Lib").is_dir() else python.resolve().parent.parent
+
+
+def _infos(folders: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Versions and metadata folders by name, as installers write them: `torch-2.13.0+cu130.dist-info`."""
+    found: dict[str, tuple[str, str]] = {}
     for folder in folders:
         with contextlib.suppress(OSError):
             for entry in os.listdir(folder):  # noqa: PTH208 (a third of the time)
                 match = re.fullmatch(r"([A-Za-z0-9][\w.]*)-(\d[^-]*)(?:-py[\d.]+)?\.(?:dist|egg)-info", entry)
                 if match:
-                    found.setdefault(re.sub(r"[_.]+", "-", match[1]).lower(), match[2])
+                    name = re.sub(r"[_.]+", "-", match[1]).lower()
+                    found.setdefault(name, (match[2], os.path.join(folder, entry)))  # noqa: PTH118
     return found
+
+
+def _requires(package: str, info: str) -> tuple[str, ...]:
+    """What a package that matters asks of others that do, without what it asks for its extras."""
+    if package not in _ASKING:
+        return ()
+    try:
+        with Path(info, "METADATA").open("rb") as file:
+            head = file.read(MAX_METADATA).decode("utf-8", "replace").replace("\r", "").partition("\n\n")[0]
+    except OSError:
+        return ()
+    lines = re.findall(r"^Requires-Dist: *([^\r\n]{1,300})", head, re.MULTILINE)
+    return tuple(line for line in lines if "extra ==" not in line and _asked_for(line) in MATTER)
+
+
+def _asked_for(requirement: str) -> str:
+    """The name in a requirement, normalized: `huggingface-hub` of `huggingface_hub<3.0,>=1.31`."""
+    return re.sub(r"[_.]+", "-", re.split(r"[^\w.-]", requirement.strip(), maxsplit=1)[0]).lower()
+
+
+def _python_version(python: Path) -> str | None:
+    """The version of another Python: a venv's as its `pyvenv.cfg` has it, else by the names of its files."""
+    prefix = _prefix(python)
+    with contextlib.suppress(OSError):
+        noted = (prefix / "pyvenv.cfg").read_text(encoding="utf-8", errors="replace")[:10_000]
+        match = re.search(r"^version(?:_info)? *= *(\d+\.\d+(?:\.\d+)?)", noted, re.MULTILINE)
+        if match:
+            return match[1]
+    named = [
+        path.name for pattern in ("lib/python3.*", "python3*._pth", "python3*.dll") for path in prefix.glob(pattern)
+    ]
+    match = next(
+        filter(None, (re.fullmatch(r"python(3)\.?(\d+)(?:\._pth|\.dll)?", each) for each in sorted(named))), None
+    )
+    return f"{match[1]}.{match[2]}" if match else None
+
+
+def _leaks(
+    python: Path | None, version: str | None, environ: Mapping[str, str] = os.environ
+) -> dict[str, tuple[str, ...]]:
+    """Packages that matter which a program run with this Python imports from outside of it, by where they come from.
+
+    Python's own rules: https://docs.python.org/3/library/site.html. kleinctl runs its workers with `-I`, past both.
+    """
+    prefix = Path(sys.prefix) if python is None else _prefix(python)
+    if any(prefix.glob("python3*._pth")):  # an embedded Python looks nowhere else
+        return {}
+    folders = {"PYTHONPATH": [folder for folder in environ.get("PYTHONPATH", "").split(os.pathsep) if folder]}
+    if not environ.get("PYTHONNOUSERSITE") and _shares(prefix):
+        folders["user site"] = [_user_site(version or "", environ)]
+    found = {source: sorted(MATTER & set(_infos(each))) for source, each in folders.items()}
+    return {source: tuple(names) for source, names in found.items() if names}
+
+
+def _shares(prefix: Path) -> bool:
+    """Whether the Python there reads the user's own folder: one that is no venv, or a venv that was told to."""
+    try:
+        noted = (prefix / "pyvenv.cfg").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return True
+    return re.search(r"^include-system-site-packages *= *true", noted, re.MULTILINE | re.IGNORECASE) is not None
+
+
+def _user_site(version: str, environ: Mapping[str, str]) -> str:
+    """The user's own folder of packages for a Python version."""
+    major_minor = version.split(".")[:2]
+    if os.name == "nt":
+        return str(Path(environ.get("APPDATA", ""), "Python", f"Python{''.join(major_minor)}", "site-packages"))
+    return str(Path.home() / ".local" / "lib" / f"python{'.'.join(major_minor)}" / "site-packages")
 
 
 def missing(environment: Environment, requires: Sequence[str], cuda: bool, hardware: Hardware) -> list[str]:
     """Why `environment` does not do, in sentences: packages, and for `cuda` the card and driver of `hardware`."""
     reasons = [_unmet(requirement, environment.packages) for requirement in requires]
-    if cuda and "torch" in environment.packages:
-        reasons.append(_unfit_torch(environment, hardware))
+    if cuda and "torch" in environment.packages and (unfit := unfit_torch(environment, hardware)):
+        reasons.append(unfit[1])
     return [reason for reason in reasons if reason]
 
 
@@ -189,18 +293,24 @@ def _within(version: str, specifier: str) -> bool:
         return False
 
 
-def _unfit_torch(environment: Environment, hardware: Hardware) -> str | None:
+def unfit_torch(environment: Environment, hardware: Hardware) -> tuple[str, str] | None:
+    """Why the torch of `environment` does not serve the card of `hardware`: a problem's name, and a sentence."""
     torch, cuda, gpu = environment.packages["torch"], environment.torch_cuda, hardware.gpu
     if gpu is None:
-        return "There is no NVIDIA card to use."
+        return "nvidia-card", "There is no NVIDIA card to use."
     if cuda is None:
-        return f"torch {torch} is a build without CUDA; {gpu.name} needs one with it."
+        return "torch-without-cuda", f"torch {torch} is a build without CUDA; {gpu.name} needs one with it."
     kernels = _kernels(cuda, torch, hardware.platform)
     if kernels and not _covers(kernels, gpu):
-        return f"torch {torch} (CUDA {cuda}) has no kernels for {gpu.name} ({gpu.arch})."
+        newer = gpu.capability > max(map(numbers, kernels))
+        name = "torch-lacks-card" if newer else "torch-dropped-card"
+        return name, f"torch {torch} (CUDA {cuda}) has no kernels for {gpu.name} ({gpu.arch})."
     wanted = _driver_wanted(cuda, gpu)
     if not _driver_reaches(gpu, wanted):
-        return f"torch {torch} (CUDA {cuda}) wants driver {wanted} or newer; {gpu.name} has {gpu.driver}."
+        return (
+            "driver-too-old",
+            f"torch {torch} (CUDA {cuda}) wants driver {wanted} or newer; {gpu.name} has {gpu.driver}.",
+        )
     return None
 
 
@@ -237,6 +347,7 @@ def broken() -> list[Problem]:
             fix="kleinctl install",
             name="environment-broken",
             path=str(folder),
+            evidence=(Evidence(str(folder / RECORD), why.rstrip("."), "every package as it was installed"),),
             remedy=Remedy("rebuild-environment", {"environment": folder.name}),
         )
         for folder, why in found.items()
@@ -284,11 +395,11 @@ def _managed(folder: Path) -> Environment | str:
     python = folder / PYTHON
     if not python.exists():  # a venv's python is a link to the one it was made from
         return f"The Python it was made from is gone: {record.get('made_from', 'unknown')}."
-    found = inspect(python)
+    found = inspect(python, folder.name)
     lost = [name for name, version in wanted.items() if found.packages.get(name) != version]
     if lost:
         return f"{len(lost)} of its {len(wanted)} packages are not as they were installed: {', '.join(lost[:5])}."
-    return Environment(python, found.packages, found.torch_cuda, True, folder.name)
+    return replace(found, managed=True)
 
 
 # Which torch

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from kleinctl.exits import exit_text, looks_like_no_memory, oom_kills
-from kleinctl.logs import PATTERNS, LogPattern, explain
+from kleinctl.logs import LogPattern, explain
 from kleinctl.problem import KleinctlError, Problem
 from kleinctl.worker import protocol
 from kleinctl.worker.log import WorkerLog
@@ -82,12 +82,13 @@ class Executor(Protocol):
 class ProcessExecutor:
     """Workers as processes of this machine.
 
-    A worker has `start_seconds` to say hello, and is stopped after `quiet_seconds` without progress.
+    A worker has `start_seconds` to say hello, and is stopped after `quiet_seconds` without progress. `patterns` explain
+    its log, by default kleinctl's own.
     """
 
     start_seconds: float = 180.0
     quiet_seconds: float = 900.0
-    patterns: Sequence[LogPattern] = PATTERNS
+    patterns: Sequence[LogPattern] | None = None
     bootstrap: Path = BOOTSTRAP
     name: str = "process"
 
@@ -310,7 +311,7 @@ class ProcessWorker:
 
 def worker_environment(own: Mapping[str, str], gpu: str | None) -> dict[str, str]:
     """Environment variables of a worker: this process's without secrets and network, and the settings that it needs."""
-    kept = {name: value for name, value in own.items() if not _SECRET.search(name.upper())}
+    kept = {name: value for name, value in own.items() if not _SECRET.search(name.upper()) and name not in _LEFT_OUT}
     kept |= {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
@@ -318,16 +319,23 @@ def worker_environment(own: Mapping[str, str], gpu: str | None) -> dict[str, str
         "DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONNOUSERSITE": "1",  # -I says so to the worker; this to what it starts
     }
     if sys.platform == "linux":
         # Segments that grow waste less VRAM on stages of different sizes; torch offers them on Linux alone.
-        kept.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        if "PYTORCH_ALLOC_CONF" not in kept:  # its newer name
+            kept.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        if gpu is not None:
+            # Weights that come and go leave holes in glibc's arenas, and memory grows from picture to picture (D20).
+            kept.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**20))
     if gpu is not None:
-        # CUDA numbers cards by speed and the driver's tools by slot: a UUID means one card to both (FAILURES.md A15).
+        # CUDA numbers cards by speed and the driver's tools by slot: a UUID means one card to both (A15).
         kept |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": gpu}
     return kept
 
 
+#: Old guides set it, and it fails without a package that nothing here needs (B15).
+_LEFT_OUT = ("HF_HUB_ENABLE_HF_TRANSFER",)
 _SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL|_PROXY$")
 
 

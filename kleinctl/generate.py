@@ -17,7 +17,7 @@ from kleinctl.pictures import reference
 from kleinctl.problem import KleinctlError, Misuse, Problem
 from kleinctl.records import RECORD_SCHEMA
 from kleinctl.verify import hash_file
-from kleinctl.worker.protocol import Generate, Load, Loaded, Made, Progress
+from kleinctl.worker.protocol import NO_PIXELS, Generate, Load, Loaded, Made, Pixels, Progress, PromptCut, StageUse
 
 SCHEMA = "kleinctl.run/1"
 #: The stages whose seconds are told; what a backend calls otherwise counts in the total alone.
@@ -47,7 +47,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Image:
-    """A finished picture. `seconds` by stage, `record` as it stands in the file."""
+    """A finished picture. `seconds` and `stages` by stage, `record` as it stands in the file; the rest as in `Made`."""
 
     path: Path
     job: Job
@@ -58,6 +58,11 @@ class Image:
     peak_vram_bytes: int
     peak_vram_source: str
     peak_rss_bytes: int
+    stages: Mapping[str, StageUse] = field(default_factory=dict, hash=False)
+    rss_bytes: int = 0
+    pixels: Pixels = NO_PIXELS
+    prompt_cut: PromptCut | None = None
+    tiling: tuple[int, int] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The picture as one of a run's `images`."""
@@ -72,18 +77,29 @@ class Image:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run made. `load_seconds` by stage, before the first picture; `total_seconds` with the worker's start."""
+    """What a run made. `load_seconds` by stage, before the first picture; `total_seconds` with the worker's start.
+
+    `problems` are what was odd about the jobs and about how the run went.
+    """
 
     backend: str
     model: str
     images: tuple[Image, ...]
     load_seconds: dict[str, float] = field(hash=False)
     total_seconds: float
+    load_stages: Mapping[str, StageUse] = field(default_factory=dict, hash=False)
+    card_bytes: int = 0
+    problems: tuple[Problem, ...] = ()
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the backend said, each once."""
+        return list(dict.fromkeys(text for image in self.images for text in image.record["warnings"]))
 
     @property
     def warnings(self) -> list[str]:
-        """What the backend remarked, each once."""
-        return list(dict.fromkeys(text for image in self.images for text in image.record["warnings"]))
+        """What the backend said and what checks found, in sentences."""
+        return [*self.remarks, *(f"{each.what}: {each.why}" for each in self.problems)]
 
     def to_json(self) -> dict[str, Any]:
         """`kleinctl.run/1`. `record` is the first picture's; each file carries its own."""
@@ -158,7 +174,16 @@ def run(request: Request, on_event: OnEvent, executor: Executor | None = None) -
                 raise _with_finished(error, number - 1, count) from None
             on_event(Finished(images[-1], number, count))
         seconds = time.monotonic() - start
-    return Result(request.backend, request.model.name, tuple(images), painter.loaded.seconds, seconds)
+    loaded = painter.loaded
+    return Result(
+        backend=request.backend,
+        model=request.model.name,
+        images=tuple(images),
+        load_seconds=loaded.seconds,
+        total_seconds=seconds,
+        load_stages=loaded.stages,
+        card_bytes=loaded.card_bytes,
+    )
 
 
 def _with_finished(error: KleinctlError, finished: int, count: int) -> KleinctlError:
@@ -212,6 +237,11 @@ class Painter:
             peak_vram_bytes=reply.peak_vram_bytes,
             peak_vram_source=reply.peak_vram_source,
             peak_rss_bytes=reply.peak_rss_bytes,
+            stages=reply.stages,
+            rss_bytes=reply.rss_bytes,
+            pixels=reply.pixels,
+            prompt_cut=reply.prompt_cut,
+            tiling=reply.tiling,
         )
 
     def _record(self, job: Job) -> dict[str, Any]:

@@ -90,6 +90,18 @@ def kleinctl_log_patterns() -> Sequence[LogPattern]:  # type: ignore[empty-body]
 
 
 @hookspec
+def kleinctl_problem_pages() -> Sequence[Path]:  # type: ignore[empty-body]
+    """Offer pages for `kleinctl explain`: Markdown files `NAME.md`, written like those in docs/problems.
+
+    Example::
+
+        @hookimpl
+        def kleinctl_problem_pages():
+            return sorted(Path(__file__).with_name("problems").glob("*.md"))
+    """
+
+
+@hookspec
 def kleinctl_executors() -> Sequence[Executor]:  # type: ignore[empty-body]
     """Offer places where a worker can run (a process here is the built-in one).
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from kleinctl import header as formats
+from kleinctl.fingerprint import fingerprint
 from kleinctl.header import BadHeader, CutHeader, Header, Tensor
-from kleinctl.lora import LORA_MARKS, Lora, identify_lora
+from kleinctl.lora import Lora, identify_lora, is_lora
 from kleinctl.manifest import Model, Part
-from kleinctl.signatures import INPUTS, SIGNATURES, TITLES, Names, Signature
+from kleinctl.signatures import BLOCKS, INPUTS, SIGNATURES, TITLES, Names, Signature, plain_names
 from kleinctl.units import bytes_text
 
 __all__ = [
@@ -45,8 +46,9 @@ class Transformer:
     """A denoiser: width of its text input (three encoder layers side by side in FLUX.2), channels of its latents.
 
     Blocks are counted in this file, which may be a shard. `scales` says how fp8 or fp4 scales are announced:
-    `metadata`, `comfy_quant`, `scaled_fp8`, `unmarked` (ComfyUI ignores such scales and paints noise), or None.
-    `model` is the manifest whose family this is.
+    `metadata`, `comfy_quant`, `scaled_fp8`, `unmarked` (ComfyUI ignores such scales and paints noise), or None;
+    `scaled_by` what each scale is for: `tensor`, `row` or `block`. `model` is the manifest whose family this is.
+    `missing` says which blocks of the whole model are not here ("3 of 5 double blocks").
     """
 
     path: Path
@@ -60,11 +62,13 @@ class Transformer:
     single_blocks: int
     scales: str | None
     shard: tuple[int, int] | None
+    scaled_by: str | None = None
+    missing: str = ""
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A text encoder: `width` of its hidden states, and its layers in this file."""
+    """A text encoder: `width` of its hidden states, and its layers in this file. The rest is as in `Transformer`."""
 
     path: Path
     family: str
@@ -74,6 +78,8 @@ class TextEncoder:
     layers: int
     scales: str | None
     shard: tuple[int, int] | None
+    scaled_by: str | None = None
+    missing: str = ""
 
     @property
     def title(self) -> str:
@@ -115,7 +121,9 @@ class Identity:
     """What a file is. `kind` is its format or what stands in its place; see docs for the values of each field.
 
     A broken file keeps the role and family its header tells. `part` is `klein-4b/transformer` when the file has that
-    part's sha256, or its name and size. `saw` says in words what the verdict rests on.
+    part's sha256, its fingerprint, or its name and size; `sure` says which of these, or `header` where only the role
+    and family are known. `checkpoint`: the file holds more than this one part. `saw` says in words what the verdict
+    rests on.
     """
 
     path: Path
@@ -128,6 +136,8 @@ class Identity:
     size_bytes: int = 0
     part: str | None = None
     facts: Facts | None = None
+    sure: str | None = None
+    checkpoint: bool = False
 
     @property
     def whole(self) -> bool:
@@ -137,8 +147,8 @@ class Identity:
     def to_json(self) -> dict[str, Any]:
         """One entry of `files` in `identify --json`."""
         entry = {key: getattr(self, key) for key in ("kind", "role", "family", "layout", "dtype", "size_bytes")}
-        part = {"part": self.part} if self.part else {}
-        return {"path": str(self.path), **entry, **part, "saw": self.saw}
+        known = {key: value for key in ("part", "sure") if (value := getattr(self, key))}
+        return {"path": str(self.path), **entry, **known, "saw": self.saw}
 
 
 def document(identities: Iterable[Identity]) -> dict[str, Any]:
@@ -160,9 +170,10 @@ def encoder_title(width: int) -> str:
 def identify(
     path: Path, models: Sequence[Model] = (), sha256: str | None = None, signatures: Sequence[Signature] = ()
 ) -> Identity:
-    """What the file at `path` is. Never raises for what the file holds, and reads its header at most.
+    """What the file at `path` is. Never raises for what the file holds, and reads little but its header.
 
-    `models` are searched for the part this is (by `sha256` where the caller has computed it, else by name and size);
+    `models` are searched for the part this is: by `sha256` where the caller has computed it, else by fingerprint (a few
+    kilobytes of a file whose role and family are a fingerprinted part's), else by name and size;
     `signatures` are tried before the built-in ones.
     """
     try:
@@ -189,8 +200,10 @@ class _Look:
         self.path = path
         self.size = size
         self.models = models
+        self.sha256 = sha256
         self.signatures = signatures
         self.part, self.remark = _find_part(path.name, size, sha256, models)
+        self.sure = None if self.part is None else "sha256" if sha256 else "name and size"
 
     def judge(self, file: BinaryIO) -> Identity:
         head = file.read(_HEAD)
@@ -209,9 +222,9 @@ class _Look:
 
     def identity(self, kind: str, saw: str, **more: Any) -> Identity:
         remarks = f"{saw}; {self.remark}" if self.remark else saw
-        return Identity(
-            self.path, kind, remarks, size_bytes=self.size, part=self.part.ref if self.part else None, **more
-        )
+        part = self.part.ref if self.part else None
+        sure = self.sure or ("header" if more.get("role", "unknown") != "unknown" else None)
+        return Identity(self.path, kind, remarks, size_bytes=self.size, part=part, sure=sure, **more)
 
     def weights(self, kind: str, file: BinaryIO) -> Identity:
         """A file that starts as safetensors or GGUF do."""
@@ -222,46 +235,83 @@ class _Look:
             return self.identity("truncated", saw)
         except BadHeader as error:
             return self.identity("other", f"a {kind} file whose header {error}")
-        found = self.content(header)
         length = _length_remark(kind, header.end, self.size)
+        found = self.content(header, file if not length else None)
         if length:
             kind, found["saw"] = "truncated", f"{found['saw']}; {length}"
         return self.identity(kind, **found)
 
-    def content(self, header: Header) -> dict[str, Any]:
-        """Role, family, facts and the rest that a header tells."""
-        dtype = _dtype(header.tensors) or "unknown"
-        listing = "\n".join(header.tensors)
-        if any(mark in listing for mark in LORA_MARKS):
+    def content(self, header: Header, file: BinaryIO | None) -> dict[str, Any]:
+        """Role, family, facts and the rest that a header tells; of `file`, when it is whole, the fingerprint too."""
+        dtype = _dtype(header) or "unknown"
+        if is_lora(header.tensors):
             lora = identify_lora(self.path, header.tensors, dtype)
             return {**{key: getattr(lora, key) for key in _SHARED}, "role": "lora", "facts": lora, "saw": lora.saw}
-        tensors, mixed = _plain_names(_packed_shapes(header.tensors), header.metadata)
-        names = Names(tensors)
-        for signature in self.signatures:
-            words = signature.match(names)
-            if words is not None:
-                break
-        else:
+        names, mixed = plain_names(header)
+        signature, words = _recognise(names, self.signatures)
+        if signature is None and not header.starts:  # some GGUF files have their axes in the other order
+            names = Names({name: t._replace(shape=t.shape[::-1]) for name, t in names.tensors.items()}, names.prefix)
+            signature, words = _recognise(names, self.signatures)
+        if signature is None:
             return {"saw": _unknown_saw(header.tensors), "dtype": dtype}
         layout = signature.layout or _layout_by_name(self.path.name)
         found = {"role": signature.role, "family": signature.family, "layout": layout, "dtype": dtype}
-        facts = self.facts(found, names, _scales(header))
-        remarks = [_fill(signature.saw, words), *_remarks(facts, variant_told=bool(self.part or self.remark))]
+        if file is not None:
+            self.trace(found["role"], found["family"], names, header, file)
+        facts = self.facts(found, names, header)
+        remarks = [_fill(signature.saw, words), *_remarks(facts, dtype), *self.variant(facts)]
         if mixed:
             remarks.append("a whole checkpoint, with more than this one part in it")
-        return {**found, "facts": facts, "saw": "; ".join(remarks)}
+        return {**found, "facts": facts, "saw": "; ".join(remarks), "checkpoint": mixed}
 
-    def facts(self, found: Mapping[str, str], names: Names, scales: str | None) -> Facts | None:
+    def trace(self, role: str, family: str, names: Names, header: Header, file: BinaryIO) -> None:
+        """Name the part by its fingerprint, where a manifest has one for this role and family. A sha256 says more."""
+        parts = [part for model in self.models for part in model.parts if part.fingerprint and part.role == role]
+        parts = [part for part in parts if part.family == family]
+        if self.sha256 or not parts:
+            return
+        mine = fingerprint(role, names, header, file)
+        if mine is None:
+            return
+        same = [part for part in parts if part.fingerprint == mine]
+        if same:
+            self.part = next((part for part in same if part.name == self.path.name), same[0])
+            self.sure, self.remark = "fingerprint", f"its fingerprint is that of {self.part.ref}"
+        elif self.part and self.part.fingerprint:
+            self.remark = f"as long as {self.part.ref}, but with other weights"
+            self.part = self.sure = None
+
+    def facts(self, found: Mapping[str, str], names: Names, header: Header) -> Facts | None:
         """The numbers that pairing needs, where the header has them all."""
         role, family = found["role"], found["family"]
         common = {"path": self.path, **{key: found[key] for key in _SHARED}}
-        blocks = {"scales": scales, "shard": _shard(self.path.name)}
+        if role == "vae":
+            return _vae(names, common)
+        blocks = {**common, "scales": _scales(header), "scaled_by": _scaled_by(header), "shard": _shard(self.path.name)}
         if role == "transformer":
             model = self.part.model if self.part else next((m.name for m in self.models if m.family == family), None)
-            return _transformer(names, {**common, **blocks, "model": model})
-        if role == "text-encoder":
-            return _text_encoder(names, {**common, **blocks})
-        return _vae(names, common) if role == "vae" else None
+            return _transformer(names, {**blocks, "model": model})
+        return _text_encoder(names, blocks) if role == "text-encoder" else None
+
+    def variant(self, facts: Facts | None) -> list[str]:
+        """What tensors cannot tell, and what the name says of it."""
+        if not isinstance(facts, Transformer) or facts.family not in ("flux2-klein-4b", "flux2-klein-9b"):
+            return []
+        said = []
+        if not (self.part or self.remark):
+            said.append("base and distilled have the same tensors; only the sha256 tells")
+        if re.search(r"(?:^|[-_. ])kv(?:[-_. ]|$)", self.path.name, re.IGNORECASE):
+            said.append("the name says KV; tensors cannot tell")
+        return said
+
+
+def _recognise(names: Names, signatures: Sequence[Signature]) -> tuple[Signature | None, Mapping[str, int]]:
+    """The first signature that fits, and the numbers of its words."""
+    for signature in signatures:
+        words = signature.match(names)
+        if words is not None:
+            return signature, words
+    return None, {}
 
 
 def _find_part(name: str, size: int, sha256: str | None, models: Sequence[Model]) -> tuple[Part | None, str]:
@@ -359,56 +409,6 @@ def _json_saw(file: BinaryIO, size: int) -> str:
 
 # What a header says.
 
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.")
-_WHOLE_PREFIX = re.compile(r"(?:vae|net|module|params(?:_ema)?|transformer|text_encoders?\.[\w.]+?\.transformer)\.")
-_GGUF_NAMES = {
-    "token_embd.": "model.embed_tokens.",
-    "enc.blk.": "encoder.block.",
-    ".ffn_up.": ".layer.1.DenseReluDense.wi_1.",
-    "blk.": "model.layers.",
-    "output.weight": "lm_head.weight",
-    ".attn_q.": ".self_attn.q_proj.",
-    ".attn_q_norm.": ".self_attn.q_norm.",
-    ".ffn_gate.": ".mlp.gate_proj.",
-    ".ffn_norm.": ".post_attention_layernorm.",
-}
-
-
-def _packed_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Shapes as the layers have them: 4-bit weights lie two to a byte."""
-    return {
-        name: tensor._replace(shape=(*tensor.shape[:-1], 2 * tensor.shape[-1]))
-        if tensor.dtype == "U8" and tensor.shape and f"{name}_scale" in tensors
-        else tensor
-        for name, tensor in tensors.items()
-    }
-
-
-def _plain_names(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> tuple[dict[str, Tensor], bool]:
-    """Tensors by the names signatures use, and whether the file holds more than these."""
-    for prefix in _PREFIXES:
-        inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        if inside:
-            return inside, len(inside) < len(tensors)
-    common = _WHOLE_PREFIX.match(next(iter(tensors), ""))
-    if common and all(name.startswith(common[0]) for name in tensors):
-        return {name.removeprefix(common[0]): tensor for name, tensor in tensors.items()}, False
-    if "token_embd.weight" in tensors:
-        vision = "vl" in str(metadata.get("general.architecture"))
-        return {_llama_cpp_name(name, vision): tensor for name, tensor in tensors.items()}, False
-    return dict(tensors), False
-
-
-def _llama_cpp_name(name: str, vision: bool) -> str:
-    """llama.cpp's tensor names as transformers has them (its `gguf-py/gguf/tensor_mapping.py`)."""
-    for short, long in _GGUF_NAMES.items():
-        if short == ".ffn_up." and not name.startswith("encoder."):
-            continue
-        if name.startswith(short) or (short.startswith(".") and short in name):
-            name = name.replace(short, long, 1)
-    return name.replace("model.layers.", "model.language_model.layers.", 1) if vision else name
-
-
 _DTYPES = {
     "BF16": "bf16",
     "F16": "fp16",
@@ -420,25 +420,61 @@ _DTYPES = {
 }
 
 
-def _dtype(tensors: Mapping[str, Tensor]) -> str | None:
+#: Ends of names by which packed weights show: of nunchaku's SVDQuant, of bitsandbytes.
+_PACKED_BY = (
+    ((".wcscales", ".wtscale"), "svdq-fp4"),
+    ((".qweight", ".wscales"), "svdq-int4"),
+    ((".quant_state.bitsandbytes__nf4",), "nf4"),
+    ((".quant_state.bitsandbytes__fp4",), "fp4"),
+)
+_SCALE_ENDS = (".weight_scale", ".scale_weight")
+
+
+def _dtype(header: Header) -> str | None:
     """What most of the bytes are: `bf16`, `fp8`, `nvfp4`, or a GGUF type such as `Q4_K`."""
     totals: Counter[str] = Counter()
-    for name, tensor in tensors.items():
-        packed = tensor.dtype == "U8" and f"{name}_scale" in tensors
-        dtype = "nvfp4" if packed else _DTYPES.get(tensor.dtype, tensor.dtype)
-        totals[dtype] += tensor.nbytes if tensor.nbytes is not None else math.prod(tensor.shape)
-    return totals.most_common(1)[0][0] if totals else None
+    for tensor, count in header.census.items():
+        size = tensor.nbytes if tensor.nbytes is not None else math.prod(tensor.shape)
+        totals[_DTYPES.get(tensor.dtype, tensor.dtype)] += count * size
+    most = totals.most_common(1)[0][0] if totals else None
+    if most not in ("U8", "int8", "I32") or not header.starts:
+        return most
+    packed = next((dtype for ends, dtype in _PACKED_BY if any(name.endswith(ends) for name in header.tensors)), None)
+    if packed is None and any(
+        f"{name}_scale" in header.tensors for name, t in header.tensors.items() if t.dtype == "U8"
+    ):
+        packed = "nvfp4"
+    return packed or most
 
 
 def _scales(header: Header) -> str | None:
-    names = header.tensors
     if "_quantization_metadata" in header.metadata:
         return "metadata"
+    if not _may_have_scales(header):
+        return None
+    names = header.tensors
     if any(name.endswith(".comfy_quant") for name in names):
         return "comfy_quant"
     if any(name.endswith("scaled_fp8") for name in names):
         return "scaled_fp8"
-    return "unmarked" if any(name.endswith((".weight_scale", ".scale_weight")) for name in names) else None
+    return "unmarked" if any(name.endswith(_SCALE_ENDS) for name in names) else None
+
+
+def _scaled_by(header: Header) -> str | None:
+    """What the usual scale of an fp8 weight is for: the whole tensor, a row, or a block of it."""
+    if not _may_have_scales(header):
+        return None
+    kinds: Counter[str] = Counter()
+    for name, tensor in header.tensors.items():
+        if name.endswith(_SCALE_ENDS):
+            one = math.prod(tensor.shape) == 1
+            row = len(tensor.shape) == 1 or tensor.shape[1:] == (1,)
+            kinds["tensor" if one else "row" if row else "block"] += 1
+    return kinds.most_common(1)[0][0] if kinds else None
+
+
+def _may_have_scales(header: Header) -> bool:
+    return any(tensor.dtype.startswith(("F8", "U8", "I8")) for tensor in header.census)
 
 
 def _shard(name: str) -> tuple[int, int] | None:
@@ -473,6 +509,7 @@ def _unknown_saw(tensors: Mapping[str, Tensor]) -> str:
 
 _TEXT_INPUT = ("txt_in.weight", "context_embedder.weight", "cap_embedder.1.weight")
 _IMAGE_INPUT = ("img_in.weight", "x_embedder.weight", "all_x_embedder.2-1.weight")
+_LAYERS = ("model.layers.", "model.language_model.layers.", "encoder.block.", "text_model.encoder.layers.")
 
 
 def _transformer(names: Names, common: Mapping[str, Any]) -> Transformer | None:
@@ -481,17 +518,19 @@ def _transformer(names: Names, common: Mapping[str, Any]) -> Transformer | None:
     image_channels = names.axis(1, *_IMAGE_INPUT) or usual[1]
     if text_width is None or image_channels is None:
         return None
+    double = names.blocks("double_blocks.", "transformer_blocks.")
+    single = names.blocks("single_blocks.", "single_transformer_blocks.")
     return Transformer(
         **common,
         text_width=text_width,
         image_channels=image_channels,
-        double_blocks=names.blocks("double_blocks.", "transformer_blocks."),
-        single_blocks=names.blocks("single_blocks.", "single_transformer_blocks."),
+        double_blocks=len(double),
+        single_blocks=len(single),
+        missing=_missing(common, {"double block": double, "single block": single}),
     )
 
 
 def _text_encoder(names: Names, common: Mapping[str, Any]) -> TextEncoder | None:
-    layers = ("model.layers.", "model.language_model.layers.", "encoder.block.", "text_model.encoder.layers.")
     width = names.axis(
         -1,
         "model.embed_tokens.weight",
@@ -504,11 +543,34 @@ def _text_encoder(names: Names, common: Mapping[str, Any]) -> TextEncoder | None
         "encoder.block.*.layer.1.DenseReluDense.wi_1.weight",
         "text_model.encoder.layers.*.mlp.fc1.weight",
     )
-    return TextEncoder(**common, width=width, layers=names.blocks(*layers)) if width else None
+    layers = names.blocks(*_LAYERS)
+    missing = _missing(common, {"layer": layers})
+    return TextEncoder(**common, width=width, layers=len(layers), missing=missing) if width else None
+
+
+def _missing(common: Mapping[str, Any], found: Mapping[str, Sequence[int]]) -> str:
+    """Which blocks of a model of this family are not in the file, where it is no shard."""
+    wanted = BLOCKS.get(common["family"], ())
+    if common["shard"] or not wanted or not any(found.values()):
+        return ""
+    short = []
+    for (kind, numbers), counts in zip(found.items(), wanted, strict=True):
+        count = max(counts)
+        if numbers != tuple(range(len(numbers))) or len(numbers) not in counts:
+            short.append(f"{len(numbers)} of {count} {kind}s")
+    return " and ".join(short)
 
 
 def _vae(names: Names, common: Mapping[str, Any]) -> Vae | None:
-    first = ("decoder.conv_in.weight", "decoder.conv1.weight")
+    first = (
+        "decoder.conv_in.weight",
+        "decoder.conv1.weight",
+        "decoder.conv_in.conv.weight",
+        "decoder.layers.0.weight",
+        "taesd_decoder.1.weight",
+        "decoder.1.weight",
+        "1.weight",
+    )
     width, channels = names.axis(0, *first), names.axis(1, *first)
     if width is None or channels is None:
         return None
@@ -516,19 +578,24 @@ def _vae(names: Names, common: Mapping[str, Any]) -> Vae | None:
         **common,
         latent_channels=channels,
         decoder_width=width,
-        statistics="bn.running_mean" in names.tensors,
-        encoder=any(name.startswith("encoder.") for name in names.tensors),
+        statistics="bn.running_mean" in names,
+        encoder=names.starting("encoder.") or names.starting("taesd_encoder."),
     )
 
 
-def _remarks(facts: Facts | None, variant_told: bool) -> list[str]:
+_SCALED_BY = {"tensor": "a scale per tensor", "row": "a scale per row", "block": "a scale per block"}
+_PACKED = {
+    "svdq-int4": "4-bit by SVDQuant, which needs nunchaku",
+    "svdq-fp4": "4-bit floats by SVDQuant, which needs nunchaku",
+    "nf4": "4-bit by bitsandbytes",
+}
+
+
+def _remarks(facts: Facts | None, dtype: str) -> list[str]:
     """What is worth saying beside the family."""
     remarks = []
-    if isinstance(facts, Transformer):
-        if facts.double_blocks or facts.single_blocks:
-            remarks.append(f"{facts.double_blocks} + {facts.single_blocks} blocks")
-        if facts.family in ("flux2-klein-4b", "flux2-klein-9b") and not variant_told:
-            remarks.append("base and distilled look alike")
+    if isinstance(facts, Transformer) and (facts.double_blocks or facts.single_blocks):
+        remarks.append(f"{facts.double_blocks} + {facts.single_blocks} blocks")
     if isinstance(facts, TextEncoder) and facts.layers:
         remarks.append(f"{facts.layers} layer{'s' * (facts.layers != 1)}")
     if isinstance(facts, Vae):
@@ -536,7 +603,13 @@ def _remarks(facts: Facts | None, variant_told: bool) -> list[str]:
             remarks.append("decoder only, so it cannot read pictures for an edit")
         if facts.family == "flux2-vae" and facts.decoder_width == 384:
             remarks.append("small decoder")
+    if dtype in _PACKED:
+        remarks.append(_PACKED[dtype])
     if isinstance(facts, (Transformer, TextEncoder)):
+        if facts.missing:
+            remarks.append(f"incomplete: only {facts.missing}, and its name says nothing of shards")
+        if dtype.startswith("fp8"):
+            remarks.append(f"fp8 with {_SCALED_BY[facts.scaled_by]}" if facts.scaled_by else "fp8 without scales")
         if facts.scales == "unmarked":
             remarks.append("its scales are not announced, and ComfyUI would ignore them")
         if facts.shard:

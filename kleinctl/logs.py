@@ -1,18 +1,80 @@
-"""What a log says went wrong: patterns, the problem that each proves, and the line that proves it."""
+"""What a log says went wrong: how patterns (log_patterns.py) are sought in it, and what a match may look at.
+
+A log comes from strangers and may be made to slow us down: only its end is read, every regular expression is bounded,
+and one is tried only around the words that it cannot do without.
+"""
 
 from __future__ import annotations
 
+import bisect
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
+from typing import TYPE_CHECKING
 
-from kleinctl.problem import Problem
+from kleinctl.problem import Evidence, Problem
 
-#: Only the end of a log is read: 4 Mi characters. Longer lines are cut there.
-MAX_CHARACTERS, MAX_LINE = 2**22, 2000
+if TYPE_CHECKING:
+    from kleinctl.facts import Facts
 
-_ANSI = re.compile(r"\x1b\[[0-9;?]{0,20}[A-Za-z]|\x1b\][^\x07\x1b]{0,200}(?:\x07|\x1b\\)")
+#: Only the end of a log is read: 4 Mi characters in at most 256 Ki lines. Longer lines are cut there.
+MAX_CHARACTERS, MAX_LINES, MAX_LINE = 2**22, 2**18, 2**16
+#: A pattern is tried at so many places that have one of its words, each so many characters to both sides.
+MAX_PLACES, REACH = 24, 2000
+#: Lines of a traceback that are looked at, and of an explanation the characters of the line that proves it.
+MAX_FRAMES, MAX_SHOWN = 120, 300
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """A match of a pattern, and what stands around it. `number` counts `lines` from 0; `facts` are the machine's."""
+
+    match: re.Match[str]
+    lines: Sequence[str]
+    number: int
+    facts: Facts | None = None
+
+    def __getitem__(self, group: str) -> str:
+        """The text of a group; empty where it took no part."""
+        return self.match[group] or ""
+
+    def near(self, before: int, after: int) -> str:
+        """The lines from so many before the match to so many after it."""
+        return "\n".join(self.lines[max(0, self.number - before) : self.number + after + 1])
+
+    @property
+    def frames(self) -> str:
+        """The traceback that ends with this line, or an empty string."""
+        above = self.near(MAX_FRAMES, 0)
+        return above[above.rfind("Traceback (most recent call last)") :] if "Traceback (most" in above else ""
+
+    @property
+    def file(self) -> str:
+        """The name of the weights file that the log speaks of here: at the match, else below it, else above."""
+        at = self.match.start() - self.match.string.rfind("\n", 0, self.match.start())
+        here = self.near(0, 0)[max(0, at - MAX_SHOWN) : at + len(self.match[0]) + MAX_SHOWN]
+        for text, nearest in ((here, 0), (self.near(-1, 6), 0), (self.near(6, -1), -1)):
+            if named := _FILE.findall(text):
+                return re.split(r"[\\/]+", "".join(named[nearest]))[-1]
+        return ""
+
+    @property
+    def node(self) -> str:
+        """The class of the ComfyUI node that failed, where the log is JSON that says so; else empty."""
+        said = re.findall(r'"node_type": ?"(\w{1,60})"', self.match.string[: self.match.start()][-MAX_LINE:])
+        return said[-1] if said else ""
+
+    def setting(self, name: str) -> str:
+        """The value of an input of a ComfyUI node, where the log is JSON that has the prompt in it; else empty."""
+        said = re.search(rf'"{name}": ?"([^"\\\n]{{1,300}})"', self.match.string)
+        return said[1] if said else ""
+
+
+_FILE = re.compile(
+    r"""["']([^"'\n]{1,300}\.(?:safetensors|gguf|sft|ckpt))["']|([^\s"'<>|*?\[\](),=]{1,300}\.(?:safetensors|gguf|sft|ckpt))\b"""
+)
 
 
 @dataclass(frozen=True)
@@ -20,17 +82,19 @@ class LogPattern:
     """A regular expression and the problem that a log with such a text has.
 
     A space in `regex` stands for any white space, since terminals and web pages wrap lines; `.` ends at the line.
-    `problem` may be a function of the match that returns the problem, or None when it proves nothing after all.
-    Repetition has to be bounded (`.{0,99}` rather than `.*`): logs come from strangers.
+    `problem` may be a function of the sighting that returns the problem, or None when it proves nothing after all.
+    Repetition has to be bounded (`.{0,99}` rather than `.*`): logs come from strangers. `alone` marks a pattern that
+    only means something in a log that shows no error otherwise.
     """
 
     name: str
     regex: str
-    problem: Problem | Callable[[re.Match[str]], Problem | None]
+    problem: Problem | Callable[[Sighting], Problem | None]
+    alone: bool = False
 
-    def explain(self, match: re.Match[str]) -> Problem | None:
-        """The problem that `match` proves, with the pattern's name if it has none."""
-        problem = self.problem(match) if callable(self.problem) else self.problem
+    def explain(self, sighting: Sighting) -> Problem | None:
+        """The problem that `sighting` proves, with the pattern's name if it has none."""
+        problem = self.problem(sighting) if callable(self.problem) else self.problem
         return problem and replace(problem, name=problem.name or self.name)
 
 
@@ -43,32 +107,100 @@ class Match:
     number: int
 
 
-def explain(text: str, patterns: Sequence[LogPattern] | None = None) -> list[Match]:
+def explain(text: str, patterns: Sequence[LogPattern] | None = None, facts: Facts | None = None) -> list[Match]:
     """What the log `text` proves, the best match first; empty for a healthy log.
 
-    Errors come before warnings, then patterns in their order, for the particular ones stand before the general. Each
-    pattern is told once, at its last match, and a line is explained by the first pattern that knows it.
+    Errors come before warnings, then patterns in their order, for causes stand before consequences and the particular
+    before the general. Each problem is told once, at its last match, and a line is explained by the first pattern that
+    knows it. `facts` of the machine that wrote the log decide what the text leaves open.
     """
+    from kleinctl.log_patterns import PATTERNS
+
     lines = readable(text)
-    log = "\n".join(lines)
-    starts = _starts(lines)
-    found: list[Match] = []
+    skipped = text.count("\n") + 1 - len(lines)
+    log = _bare("\n".join(lines))
+    starts = [0, *accumulate(len(line) + 1 for line in log.split("\n"))]
+    found: dict[str, Match] = {}
     taken: set[int] = set()
-    for pattern in PATTERNS if patterns is None else patterns:
-        for match in reversed(list(_compiled(pattern.regex).finditer(log))):
-            number = _line_at(starts, match.start())
-            problem = None if number in taken else pattern.explain(match)
+    for pattern in sorted(PATTERNS if patterns is None else patterns, key=lambda each: each.alone):
+        if pattern.alone and any(match.problem.severity == "error" for match in found.values()):
+            break
+        for match in _places(pattern.regex, log):
+            number = bisect.bisect_right(starts, match.start()) - 1
+            sighting = Sighting(match, lines, number, facts)
+            problem = None if number in taken else pattern.explain(sighting)
             if problem is not None:
                 taken.add(number)
-                found.append(Match(problem, lines[number].strip()[:300], number + 1))
+                line = _shown(lines[number], match.start() - starts[number])
+                evidence = Evidence(f"line {number + skipped + 1} of the log", line)
+                problem = replace(problem, evidence=(evidence, *problem.evidence))
+                found.setdefault(problem.name, Match(problem, line, number + skipped + 1))
                 break
-    return sorted(found, key=lambda match: match.problem.severity == "warning")
+    return sorted(found.values(), key=lambda match: match.problem.severity == "warning")
 
 
 def readable(text: str) -> list[str]:
-    """The lines of a log without colours, bare of what a progress bar has overwritten, each of bounded length."""
-    lines = _ANSI.sub("", text[-MAX_CHARACTERS:]).split("\n")
-    return [line.rstrip("\r").rsplit("\r", 1)[-1][:MAX_LINE] for line in lines]
+    """The lines of a log without colours and links, bare of what a progress bar has overwritten, of bounded length."""
+    text = text[-MAX_CHARACTERS:].replace("\0", "").replace("\r\n", "\n")  # PowerShell's `>` writes UTF-16
+    if "\x1b" in text:
+        text = _ESCAPE.sub("", text)
+    lines = _COLOUR.sub("", text).split("\n")[-MAX_LINES:]
+    if "\r" in text:
+        lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in lines]
+    return lines if len(max(lines, key=len)) <= MAX_LINE else [line[:MAX_LINE] for line in lines]
+
+
+_ESCAPE = re.compile(r"\x1b(?:\[[0-9;:?]{0,40}[ -/]?[@-~]|\][^\x07\x1b\n]{0,2000}(?:\x07|\x1b\\)|[()][0-9A-B]|[=>78])")
+_COLOUR = re.compile(r"\[\d{1,3}(?:;\d{1,3}){0,5}m")  # of which a web page has swallowed the escape character
+
+
+def _bare(log: str) -> str:
+    """The log with as many lines, bare of what stands before each (times, containers, quotes) and of stack frames."""
+    log = _PREFIX.sub("", log)
+    if 'File \\"' in log:
+        log = _JSON_FRAME.sub('""', log)
+    if 'File "' in log:
+        log = _FRAME.sub(lambda frame: "\n" * frame[0].count("\n"), log)
+    return _BOX.sub("", log) if "│" in log else log
+
+
+_PREFIX = re.compile(
+    r"^(?:(?:> ?){1,4}"
+    r"|[\w.-]{1,40} {1,20}\| ?"  # docker compose
+    r"|\[?\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d{1,9})?(?:Z|[+-]\d\d:?\d\d)?\]?[ \t]?"
+    r"|\[?\d\d:\d\d:\d\d(?:[.,]\d{1,6})?\]?[ \t]"
+    r"|[A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d [\w.-]{1,60} [\w./-]{1,40}(?:\[\d{1,9}\])?: ?"  # journald
+    r"){1,3}",
+    re.MULTILINE,
+)
+# A frame, and the lines of code below it, which stand further in.
+_FRAME = re.compile(r'^([ \t]{0,40})File "[^"\n]{1,500}", line \d{1,7}.*(?:\n\1[ \t]+\S.*){0,20}', re.MULTILINE)
+_JSON_FRAME = re.compile(r'" {1,8}File \\"(?:[^"\\\n]|\\.){0,4000}"')
+_BOX = re.compile(r"^[ \t]{0,40}│.*", re.MULTILINE)  # tracebacks that rich draws
+
+
+def _shown(line: str, at: int) -> str:
+    """A line as it is shown: of a long one the part around the match."""
+    if len(line.strip()) <= MAX_SHOWN:
+        return line.strip()
+    start = max(0, min(at - MAX_SHOWN // 4, len(line) - MAX_SHOWN))
+    return line[start : start + MAX_SHOWN].strip()
+
+
+def _places(regex: str, log: str) -> Iterator[re.Match[str]]:
+    """The matches of a regex, the last one first; in long logs only those around its last words."""
+    compiled, words = _compiled(regex), _words(regex)
+    if not words:
+        yield from reversed(list(compiled.finditer(log)))
+        return
+    last = {word: log.rfind(word) for word in words}
+    for _ in range(MAX_PLACES):
+        at = max(last.values())
+        if at < 0:
+            return
+        yield from reversed(list(compiled.finditer(log, max(0, at - REACH), at + REACH)))
+        end = at - REACH // 2
+        last = {word: log.rfind(word, 0, max(0, end)) if found >= end else found for word, found in last.items()}
 
 
 @lru_cache(maxsize=512)
@@ -76,226 +208,20 @@ def _compiled(regex: str) -> re.Pattern[str]:
     return re.compile(regex.replace(" ", r"\s+"), re.MULTILINE)
 
 
-def _starts(lines: Iterable[str]) -> list[int]:
-    starts, position = [], 0
-    for line in lines:
-        starts.append(position)
-        position += len(line) + 1
-    return starts
+@lru_cache(maxsize=512)
+def _words(regex: str) -> tuple[str, ...]:
+    """Words of which every match has one: the longest plain one of each alternative; none where that is too short."""
+    bare = _CLASS.sub("\0", regex)
+    while (less := _GROUP.sub("\0", bare)) != bare:
+        bare = less
+    longest = [
+        max((re.sub(r"\\(.)", r"\1", word) for word in _SYNTAX.split(each)), key=len)
+        for each in re.split(r"(?<!\\)\|", bare)
+    ]
+    return () if "(?i" in regex or min(map(len, longest)) < 3 else tuple(dict.fromkeys(longest))
 
 
-def _line_at(starts: Sequence[int], position: int) -> int:
-    import bisect
-
-    return bisect.bisect_right(starts, position) - 1
-
-
-# What a matrix product's operands tell (FAILURES.md 0.2). The left one's width is that of the text encoder's output.
-
-_ENCODERS = {
-    7680: "Qwen3 4B",
-    12288: "Qwen3 8B",
-    15360: "Mistral Small, which belongs to FLUX.2 dev",
-    2560: "Qwen3 4B, read from one layer instead of three",
-    4096: "T5-XXL, which belongs to FLUX.1",
-    5120: "Mistral Small, read from one layer",
-    768: "CLIP-L, which belongs to FLUX.1",
-}
-_WANTED = {
-    (7680, 3072): "klein 4B takes 7680 numbers a token, those of Qwen3 4B",
-    (12288, 4096): "klein 9B takes 12288 numbers a token, those of Qwen3 8B",
-    (15360, 6144): "FLUX.2 dev takes 15360 numbers a token, those of Mistral Small",
-    (4096, 3072): "FLUX.1 takes 4096 numbers a token, those of T5-XXL",
-}
-_ENCODER_REFS = {
-    (12288, 7680): "C01",
-    (15360, 7680): "C02",
-    (2560, 7680): "C03",
-    (2560, 12288): "C03",
-    (4096, 7680): "C04",
-    (7680, 12288): "C05",
-}
-
-
-def _shapes(match: re.Match[str]) -> Problem | None:
-    given, rows, columns = int(match["given"]), int(match["rows"]), int(match["columns"])
-    if (rows, columns) in _WANTED:
-        return Problem(
-            "the text encoder does not fit the transformer",
-            f"{_WANTED[rows, columns]}; it was given {given}, those of {_ENCODERS.get(given, 'another encoder')}.",
-            "kleinctl doctor",
-            name="text-encoder-width",
-            ref=_ENCODER_REFS.get((given, rows)),
-        )
-    if columns == 3072 and rows in (64, 128):
-        return Problem(
-            "the VAE or the empty latent does not fit the transformer",
-            f"The transformer takes {rows} numbers an image token; it was given {given}.",
-            "kleinctl doctor",
-            name="vae-mismatch",
-            ref="C10",
-        )
-    if (given, rows, columns) == (2560, 4096, 2560):
-        return Problem(
-            "the text encoder is Qwen3-VL",
-            "klein needs the text-only Qwen3 4B; the picture-reading Qwen3-VL 4B has layers of another shape.",
-            "kleinctl doctor",
-            name="text-encoder-vl",
-            ref="C06",
-        )
-    return None
-
-
-def _missing_module(match: re.Match[str]) -> Problem:
-    return Problem(
-        f"the Python package {match['module']} is missing",
-        f"A backend needs {match['module']}, and the Python that runs it does not have it.",
-        "kleinctl install",
-        name="module-missing",
-        ref="A32",
-    )
-
-
-def _out_of_vram(match: re.Match[str]) -> Problem:
-    wanted = match["wanted"]
-    return Problem(
-        "the card's memory ran out",
-        (f"Another {wanted} was wanted, and " if wanted else "There was ")
-        + "no room for it within the limit of this job and what other programs have taken.",
-        "kleinctl plan",
-        ref="D01",
-    )
-
-
-def _damaged(why: str, ref: str) -> Problem:
-    return Problem("a weights file is damaged", why, "kleinctl verify", ref=ref)
-
-
-#: What ends a worker. Particular texts before general ones.
-PATTERNS: tuple[LogPattern, ...] = (
-    LogPattern(
-        "shapes-do-not-fit",
-        r"(?:mat1 and mat2|input and weight\.T) shapes cannot be multiplied "
-        r"\(\d{1,9}x(?P<given>\d{1,9}) and (?P<rows>\d{1,9})x(?P<columns>\d{1,9})\)",
-        _shapes,
-    ),
-    LogPattern(
-        "weights-truncated",
-        r"MetadataIncompleteBuffer|incomplete metadata, file not fully covered|InvalidHeaderLength"
-        r"|invalid header length",
-        _damaged("The safetensors file is shorter or longer than its header says: a download was cut off.", "B02"),
-    ),
-    LogPattern(
-        "weights-not-safetensors",
-        r"HeaderTooLarge|header too large",
-        _damaged("It is no safetensors file, but a Git LFS pointer, a web page or another format.", "B03"),
-    ),
-    LogPattern(
-        "weights-empty",
-        r"HeaderTooSmall|header too small|InvalidHeaderDeserialization|invalid JSON in header",
-        _damaged("The file is empty, or was set aside by a downloader and never filled.", "B04"),
-    ),
-    LogPattern(
-        "disk-full",
-        r"\[Errno 28\]|No space left on device|WinError 112\b",
-        Problem("the disk is full", "A file could not be written to its end.", "kleinctl doctor", ref="B06"),
-    ),
-    LogPattern(
-        "driver-too-old",
-        r"NVIDIA driver on your system is too old",
-        Problem(
-            "the NVIDIA driver is too old for this torch",
-            "The installed build of torch needs a newer driver than this machine has.",
-            "kleinctl doctor",
-            ref="A01",
-        ),
-    ),
-    LogPattern(
-        "torch-without-cuda",
-        r"Torch not compiled with CUDA enabled",
-        Problem(
-            "torch was installed without CUDA",
-            "A build of torch for processors alone is installed; it cannot use the card.",
-            "kleinctl install",
-            ref="A02",
-        ),
-    ),
-    LogPattern(
-        "torch-lacks-card",
-        r"no kernel image is available for execution|is not compatible with the current PyTorch installation",
-        Problem(
-            "torch has no code for this card",
-            "The installed build of torch was made for other generations of cards.",
-            "kleinctl install",
-            ref="A03",
-        ),
-    ),
-    LogPattern(
-        "no-driver",
-        r"Found no NVIDIA driver on your system|libcuda\.so\.1: cannot open shared object file",
-        Problem("no NVIDIA driver was found", "torch asked for one, to use the card.", "kleinctl doctor", ref="A13"),
-    ),
-    LogPattern(
-        "cuda-gone",
-        r"CUDA unknown error - this may be due to an incorrectly set up environment",
-        Problem(
-            "CUDA does not start",
-            "The card is visible, but its driver answers with an error, as after sleep or an unfinished update.",
-            "restart the machine, then: kleinctl doctor",
-            ref="A12",
-        ),
-    ),
-    LogPattern(
-        "page-file-too-small",
-        r"os error 1455|WinError 1455|paging file is too small",
-        Problem(
-            "Windows has no memory left to promise",
-            "Its paging file is too small (or fixed, or on a full drive) for what the model needs.",
-            "let Windows manage the paging file's size, restart, then: kleinctl doctor",
-            ref="A08",
-        ),
-    ),
-    LogPattern(
-        "vc-runtime-missing",
-        r"WinError 126\b|WinError 1114\b",
-        Problem(
-            "a library of torch cannot be loaded",
-            "The Microsoft Visual C++ runtime is missing or too old.",
-            "winget install Microsoft.VCRedist.2015+.x64",
-            ref="A20",
-        ),
-    ),
-    LogPattern(
-        "diffusers-too-old",
-        r"cannot import name 'Flux2(?:Klein)?Pipeline'",
-        Problem(
-            "diffusers is too old",
-            "FLUX.2 [klein] needs diffusers 0.37.0 or newer.",
-            "kleinctl install",
-            ref="A24",
-        ),
-    ),
-    LogPattern(
-        "accelerate-missing",
-        r"requires `accelerate v",
-        Problem("accelerate is missing", "diffusers needs it to offload a model.", "kleinctl install", ref="A28"),
-    ),
-    LogPattern("module-missing", r"No module named '(?P<module>[\w.]{1,100})'", _missing_module),
-    LogPattern(
-        "card-memory-full",
-        r"(?:CUDA out of memory|Allocation on device|torch\.(?:cuda\.)?OutOfMemoryError)"
-        r"(?:\. Tried to allocate (?P<wanted>[\d.]{1,9} [KMGT]iB))?",
-        _out_of_vram,
-    ),
-    LogPattern(
-        "memory-full",
-        r"\bMemoryError\b|DefaultCPUAllocator: (?:can't allocate|not enough) memory|fatal : Memory allocation failure"
-        r"|^Killed$|Out of memory: Killed process|std::bad_alloc",
-        Problem(
-            "the machine's memory (RAM) ran out",
-            "A part of the model did not fit into what was free.",
-            "kleinctl plan",
-            ref="D03",
-        ),
-    ),
-)
+_QUANTIFIER = r"(?:[*+?]|\{\d{0,9}(?:,\d{0,9})?\})"
+_CLASS = re.compile(rf"(?<!\\)\[(?:\\.|[^\]\\])*\]{_QUANTIFIER}?")
+_GROUP = re.compile(rf"(?<!\\)\((?:[^()\\]|\\.)*\){_QUANTIFIER}?")
+_SYNTAX = re.compile(rf"(?:\\.|.){_QUANTIFIER}|\\[A-Za-z]|(?<!\\)[.^$ \0]")

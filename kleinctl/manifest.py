@@ -62,7 +62,8 @@ class Part:
 
     `to` says where each layout wants it: for `diffusers` below the model's folder, for `comfyui` below ComfyUI's
     `models`. `precision` tells alternatives of one role apart. `family` is what `identify` calls such a file (a
-    transformer's is the model's), and `licence` and `gated` are the model's unless stated.
+    transformer's is the model's), and `licence` and `gated` are the model's unless stated. `fingerprint` is the digest
+    of a few of its tensors (tools/fingerprint.py), by which a repacked copy is known.
     """
 
     id: str
@@ -72,6 +73,7 @@ class Part:
     sources: tuple[Source, ...] = ()
     size: int | None = None
     sha256: str | None = None
+    fingerprint: str | None = None
     licence: str = ""
     gated: bool = False
     dtype: str | None = None
@@ -368,6 +370,7 @@ _PART: dict[str, Checker] = {
     "name": _file_name,
     "size": _count(0),
     "sha256": _matching(r"[0-9a-f]{64}", "64 lower-case hex digits"),
+    "fingerprint": _matching(r"[0-9a-f]{64}", "64 lower-case hex digits"),
     "licence": _text,
     "gated": _flag,
     "to": _destinations,

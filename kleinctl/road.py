@@ -203,7 +203,7 @@ def executor(plugins: Plugins, name: str | None) -> Any:
         Misuse: there is none of that name.
     """
     from kleinctl.executors import ProcessExecutor
-    from kleinctl.logs import PATTERNS
+    from kleinctl.log_patterns import PATTERNS
 
     theirs = [offer.thing for offer in plugins.offers("kleinctl_log_patterns")]
     offered = [ProcessExecutor(patterns=(*theirs, *PATTERNS)), *(o.thing for o in plugins.offers("kleinctl_executors"))]

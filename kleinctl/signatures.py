@@ -7,11 +7,14 @@ Numbers are the models' published configurations; the tells are those that Comfy
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from itertools import islice
+from typing import Any, NamedTuple
 
-from kleinctl.header import Tensor
+from kleinctl.header import Header, Tensor
 
 Axis = int | str | None
 
@@ -29,6 +32,14 @@ TITLES = {
     "z-image": "Z-Image",
     "sdxl": "SDXL",
     "sd15": "Stable Diffusion 1.5",
+    "sd2": "Stable Diffusion 2",
+    "sd3": "Stable Diffusion 3",
+    "qwen-image": "Qwen-Image",
+    "wan": "Wan",
+    "hunyuan-video": "HunyuanVideo",
+    "ltx-video": "LTX-Video",
+    "lumina2": "Lumina 2",
+    "controlnet": "a ControlNet",
     "qwen3-4b": "Qwen3 4B",
     "qwen3-8b": "Qwen3 8B",
     "qwen3-1.7b": "Qwen3 1.7B",
@@ -49,6 +60,10 @@ TITLES = {
     "flux1-vae": "the FLUX.1 VAE (SD3 and Z-Image have its like)",
     "sd-vae": "a Stable Diffusion VAE (1.5 and SDXL look alike)",
     "wan-vae": "the Wan 2.1 or Qwen-Image VAE",
+    "wan22-vae": "the Wan 2.2 VAE",
+    "flux2-tiny-vae": "a tiny autoencoder for FLUX.2 (TAEF2)",
+    "tiny-vae": "a tiny autoencoder (TAESD)",
+    "clip-vision": "CLIP's vision tower",
     "dc-ae": "a DC-AE autoencoder",
 }
 
@@ -101,41 +116,132 @@ def _compare(found: tuple[int, ...], wanted: tuple[Axis, ...] | None, known: dic
     return words
 
 
-_BLOCK = re.compile(r"(?<![^.])\d+(?![^.])")
+#: Block numbers looked at after one prefix; the deepest published models have about a hundred.
+MAX_BLOCKS = 512
 
 
 class Names:
-    """The tensors of a header, to be asked for by name, by pattern, and for the count of blocks."""
+    """The tensors of a header, to be asked for by name, by pattern, and for the numbers of their blocks.
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    `prefix` is what stands before every name of interest. Names are kept sorted, so that what begins in some way is
+    found without looking at the rest.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
         self.tensors = tensors
-        self.found: dict[str, list[Tensor]] = {}
-        self.patterns: dict[str, list[str]] = {}
-        for name in tensors:
-            self.patterns.setdefault(_BLOCK.sub("*", name), []).append(name)
+        self.prefix = prefix
+        self._found: dict[str, list[Tensor]] = {}
+        self._numbers: dict[str, tuple[int, ...]] = {}
+
+    @cached_property
+    def _sorted(self) -> list[str]:
+        return sorted(self.tensors)
+
+    def under(self, prefix: str) -> Names:
+        """The same tensors, asked for by what follows `prefix`."""
+        inside = Names(self.tensors, prefix)
+        inside.__dict__["_sorted"] = self._sorted
+        return inside
+
+    def __contains__(self, name: str) -> bool:
+        return self.prefix + name in self.tensors
 
     def all(self, pattern: str) -> list[Tensor]:
         """The tensors of that name; `*` stands for any block number."""
-        if pattern in self.tensors:
-            return [self.tensors[pattern]]
-        if "*" in pattern and pattern not in self.found:
-            wanted = pattern.split(".")
-            self.found[pattern] = [
-                self.tensors[name]
-                for name in self.patterns.get(_BLOCK.sub("*", pattern), ())
-                if all(want in ("*", have) for want, have in zip(wanted, name.split("."), strict=True))
-            ]
-        return self.found.get(pattern, [])
+        if "*" not in pattern:
+            tensor = self.tensors.get(self.prefix + pattern)
+            return [] if tensor is None else [tensor]
+        if pattern not in self._found:
+            before, _, after = pattern.partition("*")
+            numbers = self.numbers(before)
+            self._found[pattern] = [tensor for n in numbers for tensor in self.all(f"{before}{n}{after}")]
+        return self._found[pattern]
+
+    def starting(self, start: str) -> bool:
+        """Whether any name starts so."""
+        start = self.prefix + start
+        at = bisect_left(self._sorted, start)
+        return at < len(self._sorted) and self._sorted[at].startswith(start)
+
+    def all_start(self, start: str) -> bool:
+        """Whether every name in the file starts so."""
+        return bool(self._sorted) and self._sorted[0].startswith(start) and self._sorted[-1].startswith(start)
+
+    def numbers(self, start: str) -> tuple[int, ...]:
+        """The block numbers that follow a start such as `double_blocks.`"""
+        if start not in self._numbers:
+            self._numbers[start] = tuple(sorted(islice(self._blocks(self.prefix + start), MAX_BLOCKS)))
+        return self._numbers[start]
+
+    def _blocks(self, start: str) -> Iterator[int]:
+        names = self._sorted
+        at = bisect_left(names, start)
+        while at < len(names) and names[at].startswith(start):
+            number = names[at][len(start) :].partition(".")[0]
+            if number.isascii() and number.isdigit() and len(number) < 5 and str(int(number)) == number:
+                yield int(number)
+            at = bisect_left(names, f"{start}{number}/", at)  # "/" comes right after "."
 
     def axis(self, axis: int, *patterns: str) -> int | None:
         """One axis of the first of these tensors that is there and has axes."""
         shapes = (tensor.shape for pattern in patterns for tensor in self.all(pattern))
         return next((shape[axis] for shape in shapes if len(shape) > max(axis, 0)), None)
 
-    def blocks(self, *prefixes: str) -> int:
-        """How many block numbers follow a prefix such as `double_blocks.` (or another of these)."""
-        after = (name[len(prefix) :] for prefix in prefixes for name in self.tensors if name.startswith(prefix))
-        return sum(number.isdigit() for number in {rest.partition(".")[0] for rest in after})
+    def blocks(self, *starts: str) -> tuple[int, ...]:
+        """The block numbers after the first of these starts that has any."""
+        return next(filter(None, map(self.numbers, starts)), ())
+
+
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.")
+_WHOLE_PREFIX = re.compile(r"(?:vae|net|module|params(?:_ema)?|transformer|text_encoders?\.[\w.]+?\.transformer)\.")
+_GGUF_NAMES = {
+    "token_embd.": "model.embed_tokens.",
+    "enc.blk.": "encoder.block.",
+    ".ffn_up.": ".layer.1.DenseReluDense.wi_1.",
+    "blk.": "model.layers.",
+    "output.weight": "lm_head.weight",
+    ".attn_q.": ".self_attn.q_proj.",
+    ".attn_q_norm.": ".self_attn.q_norm.",
+    ".ffn_gate.": ".mlp.gate_proj.",
+    ".ffn_norm.": ".post_attention_layernorm.",
+}
+
+
+def plain_names(header: Header) -> tuple[Names, bool]:
+    """The tensors under the names that signatures use, and whether the file holds more than these."""
+    names = Names(_packed_shapes(header))
+    for prefix in _PREFIXES:
+        if names.starting(prefix):
+            return names.under(prefix), not names.all_start(prefix)
+    common = _WHOLE_PREFIX.match(next(iter(names.tensors), ""))
+    if common and names.all_start(common[0]):
+        return names.under(common[0]), False
+    if "token_embd.weight" in names:
+        vision = "vl" in str(header.metadata.get("general.architecture"))
+        return Names({_llama_cpp_name(name, vision): tensor for name, tensor in names.tensors.items()}), False
+    return names, False
+
+
+def _packed_shapes(header: Header) -> Mapping[str, Tensor]:
+    """Shapes as the layers have them: 4-bit weights lie two to a byte."""
+    if not any(tensor.dtype == "U8" and tensor.shape for tensor in header.census):
+        return header.tensors
+    return {
+        name: tensor._replace(shape=(*tensor.shape[:-1], 2 * tensor.shape[-1]))
+        if tensor.dtype == "U8" and tensor.shape and f"{name}_scale" in header.tensors
+        else tensor
+        for name, tensor in header.tensors.items()
+    }
+
+
+def _llama_cpp_name(name: str, vision: bool) -> str:
+    """llama.cpp's tensor names as transformers has them (its `gguf-py/gguf/tensor_mapping.py`)."""
+    for short, long in _GGUF_NAMES.items():
+        if short == ".ffn_up." and not name.startswith("encoder."):
+            continue
+        if name.startswith(short) or (short.startswith(".") and short in name):
+            name = name.replace(short, long, 1)
+    return name.replace("model.layers.", "model.language_model.layers.", 1) if vision else name
 
 
 class _Size(NamedTuple):
@@ -154,6 +260,26 @@ _FLUX2 = (
 
 #: Width of the text input and channels of the latents, for shards that lack these tensors.
 INPUTS = {**{size.family: (size.text_width, 128) for size in _FLUX2}, "flux1": (4096, 64)}
+
+#: Blocks of a whole model: of two kinds in a transformer (double, single), of one in a text encoder, where several
+#: numbers are right: ComfyUI's Mistral stops after the 30 layers that FLUX.2 reads.
+BLOCKS: Mapping[str, tuple[tuple[int, ...], ...]] = {
+    "flux2-klein-4b": ((5,), (20,)),
+    "flux2-klein-9b": ((8,), (24,)),
+    "flux2-dev": ((8,), (48,)),
+    "flux1": ((19,), (38,)),
+    "chroma": ((19,), (38,)),
+    "qwen3-0.6b": ((28,),),
+    "qwen3-1.7b": ((28,),),
+    "qwen3-4b": ((36,),),
+    "qwen3-8b": ((36,),),
+    "mistral-small": ((40, 30),),
+    "llama3-8b": ((32,),),
+    "t5-xxl": ((24,),),
+    "umt5-xxl": ((24,),),
+    "clip-l": ((12,),),
+    "clip-g": ((32,),),
+}
 
 
 def _flux2(family: str, hidden: int, text_width: int) -> list[Signature]:
@@ -210,6 +336,13 @@ def _text_encoder(family: str, hidden: int, mlp: int, vocabulary: int | None = 1
     ]
 
 
+def _with_vision(what: str, shape: tuple[Axis, ...] | None = None) -> list[tuple[str, dict[str, Any]]]:
+    """The ways a text encoder that also sees is laid out: where its text model is, and the names that tell."""
+    towers = ("model.visual.patch_embed.proj.weight", "visual.patch_embed.proj.weight")
+    beside = [("model.", {tower: None, f"model.layers.*.{what}": shape}) for tower in towers]
+    return [*beside, ("model.language_model.", {f"model.language_model.layers.*.{what}": shape})]
+
+
 def _vae(family: str, channels: Axis, extra: Mapping[str, tuple[Axis, ...] | None], seen: str) -> list[Signature]:
     """A 2-D autoencoder under LDM and under diffusers names; both have this first convolution of the decoder."""
     first = {"decoder.conv_in.weight": ("width", channels, 3, 3), **extra}
@@ -245,6 +378,28 @@ _TRANSFORMERS = [
         {"txt_in.weight": (3072, 4096), "distilled_guidance_layer.in_proj.weight": None},
         "text input 4096 wide, a layer for guidance: Chroma",
     ),
+    Signature(
+        "transformer",
+        "chroma",
+        "diffusers",
+        {"context_embedder.weight": (3072, 4096), "distilled_guidance_layer.in_proj.weight": None},
+        "text input 4096 wide, a layer for guidance: Chroma",
+    ),
+    *(
+        Signature(
+            "transformer",
+            "flux1",
+            "single-file",
+            {"img_in.weight": (3072, channels), "txt_in.weight": (3072, 4096), **more},
+            f"text input 4096 wide, {seen}",
+        )
+        for channels, more, seen in (
+            (384, {}, "image input 384: FLUX.1 Fill"),
+            (128, {}, "image input 128: FLUX.1 Depth or Canny"),
+            (64, {"guidance_in.in_layer.weight": None}, "a guidance input: FLUX.1 dev or its kin"),
+            (64, {"vector_in.in_layer.weight": None}, "no guidance input: FLUX.1 schnell or its kin"),
+        )
+    ),
     Signature("transformer", "flux1", "single-file", {"txt_in.weight": (3072, 4096)}, "text input 4096 wide: FLUX.1"),
     Signature(
         "transformer",
@@ -269,6 +424,88 @@ _TRANSFORMERS = [
     ),
     Signature(
         "transformer",
+        "qwen-image",
+        None,
+        {"txt_norm.weight": (3584,), "txt_in.weight": ("hidden", 3584)},
+        "text input 3584 wide (Qwen2.5-VL 7B), blocks {hidden} wide: Qwen-Image",
+    ),
+    Signature(
+        "transformer",
+        "qwen-image",
+        None,
+        {"transformer_blocks.*.img_mod.1.weight": (18432, 3072), "transformer_blocks.*.attn.add_q_proj.weight": None},
+        "double blocks 3072 wide with a modulation each: Qwen-Image",
+    ),
+    *(
+        Signature(
+            "transformer",
+            "wan",
+            "single-file",
+            {"head.modulation": (1, 2, hidden), "patch_embedding.weight": (None, channels, 1, 2, 2)},
+            f"{seen}, blocks {hidden} wide, image input {channels}: {name}",
+        )
+        for hidden, channels, seen, name in (
+            (3072, 48, "video blocks", "Wan 2.2 5B"),
+            (1536, 16, "video blocks", "Wan 2.1 1.3B"),
+            (5120, 16, "video blocks", "Wan 14B, text to video"),
+            (5120, 36, "video blocks", "Wan 14B, image to video"),
+        )
+    ),
+    Signature(
+        "transformer",
+        "wan",
+        "single-file",
+        {"head.modulation": (1, 2, "hidden"), "blocks.*.cross_attn.k.weight": None},
+        "video blocks {hidden} wide: Wan",
+    ),
+    Signature(
+        "transformer",
+        "wan",
+        "diffusers",
+        {"condition_embedder.text_embedder.linear_1.weight": ("hidden", 4096), "blocks.*.attn2.to_k.weight": None},
+        "video blocks {hidden} wide, text input 4096 wide: Wan",
+    ),
+    Signature(
+        "transformer",
+        "sd3",
+        "single-file",
+        {"joint_blocks.*.x_block.attn.qkv.weight": (None, "hidden")},
+        "joint blocks {hidden} wide: Stable Diffusion 3",
+    ),
+    Signature(
+        "transformer",
+        "sd3",
+        "diffusers",
+        {"context_embedder.weight": ("hidden", 4096), "pos_embed.pos_embed": None},
+        "joint blocks {hidden} wide, text input 4096 wide: Stable Diffusion 3",
+    ),
+    Signature(
+        "transformer",
+        "hunyuan-video",
+        "single-file",
+        {"txt_in.input_embedder.weight": ("hidden", "text_width"), "double_blocks.*.img_attn_qkv.weight": None},
+        "text input {text_width} wide, refined token by token, blocks {hidden} wide: HunyuanVideo",
+    ),
+    Signature(
+        "transformer",
+        "ltx-video",
+        None,
+        {
+            "adaln_single.emb.timestep_embedder.linear_1.weight": ("hidden", None),
+            "transformer_blocks.*.attn2.to_k.weight": None,
+            "patchify_proj.weight": None,
+        },
+        "blocks {hidden} wide, one modulation for all: LTX-Video",
+    ),
+    Signature(
+        "transformer",
+        "lumina2",
+        None,
+        {"cap_embedder.1.weight": (2304, "text_width")},
+        "text input {text_width} wide, blocks 2304 wide: Lumina 2",
+    ),
+    Signature(
+        "transformer",
         "z-image",
         "diffusers",
         {"cap_embedder.1.weight": (3840, 2560), "all_x_embedder.2-1.weight": None},
@@ -281,59 +518,73 @@ _TRANSFORMERS = [
         {"cap_embedder.1.weight": (3840, 2560)},
         "text input 2560 wide (one layer of Qwen3 4B): Z-Image",
     ),
-    Signature(
-        "unknown",
-        "sdxl",
-        "single-file",
-        {"input_blocks.*.0.weight": None, "label_emb.0.0.weight": (1280, 2816)},
-        "a UNet with SDXL's size conditioning: SDXL",
+    *(
+        Signature("unknown", "controlnet", layout, shapes, "a ControlNet: it steers a model and is none")
+        for layout, shapes in (
+            ("single-file", {"input_hint_block.0.weight": None}),
+            ("diffusers", {"controlnet_cond_embedding.conv_in.weight": None}),
+            ("diffusers", {"controlnet_blocks.*.weight": None}),
+        )
     ),
-    Signature(
-        "unknown",
-        "sdxl",
-        "diffusers",
-        {"add_embedding.linear_1.weight": (1280, 2816)},
-        "a UNet with SDXL's size conditioning: SDXL",
+    *(
+        Signature("unknown", "sdxl", layout, shapes, "a UNet with SDXL's size conditioning: SDXL")
+        for layout, shapes in (
+            ("single-file", {"input_blocks.*.0.weight": None, "label_emb.0.0.weight": (1280, 2816)}),
+            ("diffusers", {"add_embedding.linear_1.weight": (1280, 2816)}),
+        )
     ),
-    Signature(
-        "unknown",
-        "sd15",
-        "single-file",
-        {"input_blocks.*.1.transformer_blocks.*.attn2.to_k.weight": (None, 768)},
-        "a UNet with text input 768 wide: Stable Diffusion 1.5",
+    *(
+        Signature(
+            "unknown", family, layout, {name: (None, width)}, f"a UNet with text input {width} wide: {TITLES[family]}"
+        )
+        for family, width in (("sd15", 768), ("sd2", 1024))
+        for layout, name in (
+            ("single-file", "input_blocks.*.1.transformer_blocks.*.attn2.to_k.weight"),
+            ("diffusers", "down_blocks.*.attentions.*.transformer_blocks.*.attn2.to_k.weight"),
+        )
     ),
 ]
 
 _TEXT_ENCODERS = [
     *(
-        Signature("text-encoder", "qwen3-vl", None, shapes, "a vision tower and query norms: Qwen3-VL")
-        for shapes in (
-            {"model.visual.patch_embed.proj.weight": None, "model.layers.*.self_attn.q_norm.weight": None},
-            {"visual.patch_embed.proj.weight": None, "model.layers.*.self_attn.q_norm.weight": None},
-            {"model.language_model.layers.*.self_attn.q_norm.weight": None},
+        Signature("text-encoder", "qwen3-vl", None, {**shapes, **width}, f"a vision tower and query norms{seen}")
+        for hidden, seen in ((2560, ", 2560 wide: Qwen3-VL 4B"), (4096, ", 4096 wide: Qwen3-VL 8B"), (0, ": Qwen3-VL"))
+        for model, shapes in _with_vision("self_attn.q_norm.weight")
+        for width in [{f"{model}layers.*.post_attention_layernorm.weight": (hidden,)} if hidden else {}]
+    ),
+    *(
+        Signature("text-encoder", "qwen2.5-vl", None, shapes, f"a vision tower and query biases{seen}")
+        for bias, seen in (
+            ((3584,), ", 3584 wide: Qwen2.5-VL 7B"),
+            ((2048,), ", 2048 wide: Qwen2.5-VL 3B"),
+            (None, ": Qwen2.5-VL"),
+        )
+        for _, shapes in _with_vision("self_attn.q_proj.bias", bias)
+    ),
+    *(
+        Signature("text-encoder", family, None, {tower: (None, 3, 2, patch, patch)}, f"a vision tower, {seen}")
+        for family, patch, seen in (
+            ("qwen2.5-vl", 14, "patches of 14: Qwen2.5-VL"),
+            ("qwen3-vl", 16, "patches of 16: Qwen3-VL"),
+        )
+        for tower in ("model.visual.patch_embed.proj.weight", "visual.patch_embed.proj.weight")
+    ),
+    *(
+        Signature("text-encoder", "gemma", None, {"model.layers.*.pre_feedforward_layernorm.weight": shape}, seen)
+        for shape, seen in (
+            ((2304,), "2304 wide, norms around the MLP: Gemma 2 2B"),
+            ((2560,), "2560 wide, norms around the MLP: Gemma 3 4B"),
+            ((3840,), "3840 wide, norms around the MLP: Gemma 3 12B"),
+            (None, "norms around the MLP: Gemma"),
         )
     ),
     *(
-        Signature("text-encoder", "qwen2.5-vl", None, shapes, "a vision tower and query biases: Qwen2.5-VL")
-        for shapes in (
-            {"model.visual.patch_embed.proj.weight": None},
-            {"visual.patch_embed.proj.weight": None},
-            {"model.language_model.layers.*.self_attn.q_proj.bias": None},
+        Signature("text-encoder", "qwen2", None, {"model.layers.*.self_attn.q_proj.bias": shape}, seen)
+        for shape, seen in (
+            ((2048,), "2048 wide, query biases: Qwen2.5 3B"),
+            ((3584,), "3584 wide, query biases: Qwen2.5 7B"),
+            (("width",), "{width} wide, query biases: Qwen2"),
         )
-    ),
-    Signature(
-        "text-encoder",
-        "gemma",
-        None,
-        {"model.layers.*.pre_feedforward_layernorm.weight": None},
-        "norms around the MLP: Gemma",
-    ),
-    Signature(
-        "text-encoder",
-        "qwen2",
-        None,
-        {"model.layers.*.self_attn.q_proj.bias": ("width",)},
-        "{width} wide, query biases: Qwen2",
     ),
     *_text_encoder("qwen3-4b", 2560, 9728),
     *_text_encoder("qwen3-8b", 4096, 12288),
@@ -407,6 +658,10 @@ _TEXT_ENCODERS = [
         {"text_model.encoder.layers.*.mlp.fc1.weight": (5120, 1280)},
         "CLIP blocks 1280 wide: CLIP-G",
     ),
+    *(
+        Signature("unknown", "clip-vision", None, {name: None}, "a CLIP that sees: a vision tower, no text encoder")
+        for name in ("vision_model.encoder.layers.*.mlp.fc1.weight", "visual_projection.weight")
+    ),
 ]
 
 _VAES = [
@@ -422,19 +677,40 @@ _VAES = [
     *_vae("flux1-vae", 16, {}, "16 latent channels: FLUX.1 VAE (SD3 and Z-Image have its like)"),
     *_vae("sd-vae", 4, {}, "4 latent channels: Stable Diffusion VAE (1.5 and SDXL look alike)"),
     *_vae("unknown", "channels", {}, "{channels} latent channels: a VAE, of which model is not known"),
-    Signature(
-        "vae",
-        "wan-vae",
-        "single-file",
-        {"decoder.middle.0.residual.0.gamma": None, "decoder.conv1.weight": (None, 16, 3, 3, 3)},
-        "16 latent channels, 3-D convolutions: Wan 2.1 or Qwen-Image VAE",
+    *(
+        Signature("vae", family, layout, {name: (None, channels, 3, 3, 3), **more}, seen)
+        for family, channels, seen in (
+            ("wan-vae", 16, "16 latent channels, 3-D convolutions: Wan 2.1 or Qwen-Image VAE"),
+            ("wan22-vae", 48, "48 latent channels, 3-D convolutions: Wan 2.2 VAE"),
+        )
+        for layout, name, more in (
+            ("single-file", "decoder.conv1.weight", {"decoder.middle.0.residual.0.gamma": None}),
+            ("diffusers", "decoder.conv_in.weight", {}),
+        )
     ),
-    Signature(
-        "vae",
-        "wan-vae",
-        "diffusers",
-        {"decoder.conv_in.weight": (None, 16, 3, 3, 3)},
-        "16 latent channels, 3-D convolutions: Wan 2.1 or Qwen-Image VAE",
+    *(
+        Signature("vae", "unknown", None, {name: (None, "channels", 3, 3, 3)}, seen)
+        for name, seen in (
+            (
+                "decoder.conv_in.conv.weight",
+                "{channels} latent channels, causal 3-D convolutions: a video VAE, not known",
+            ),
+            ("decoder.conv_in.weight", "{channels} latent channels, 3-D convolutions: a video VAE, not known"),
+        )
+    ),
+    *(
+        Signature("vae", family, layout, {name: (64, channels, 3, 3), **more}, seen)
+        for family, channels, seen in (
+            ("flux2-tiny-vae", 32, "32 latent channels, convolutions 64 wide: TAEF2, a tiny autoencoder for FLUX.2"),
+            ("tiny-vae", 16, "16 latent channels, convolutions 64 wide: TAESD for FLUX.1 or SD3, a tiny autoencoder"),
+            ("tiny-vae", 4, "4 latent channels, convolutions 64 wide: TAESD, a tiny autoencoder"),
+        )
+        for layout, name, more in (
+            ("diffusers", "decoder.layers.0.weight", {"decoder.layers.2.conv.0.weight": None}),
+            ("single-file", "taesd_decoder.1.weight", {}),
+            ("single-file", "decoder.1.weight", {"decoder.3.conv.0.weight": None}),
+            ("single-file", "1.weight", {"3.conv.0.weight": None}),
+        )
     ),
 ]
 

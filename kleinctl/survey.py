@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from kleinctl.facts import Facts
     from kleinctl.hardware import Hardware
     from kleinctl.manifest import Model
+
+
+#: Facts that only `run` and `up` have; checks that want them are theirs.
+OF_A_JOB = {"job_facts", "job", "fit", "finished_run"}
 
 
 @dataclass(frozen=True)
@@ -90,18 +94,24 @@ def judge(
     start = time.perf_counter()
     models = plugins.models_for(model)
     offers = plugins.backends_for(backend)
-    checks = [*own_checks(), *(offer.thing for offer in plugins.offers("kleinctl_checks"))]
+    own = [each for each in own_checks() if not OF_A_JOB & set(each.wants)]
+    checks = [*own, *(offer.thing for offer in plugins.offers("kleinctl_checks"))]
     looked_at = [{"model": each} for each in models]
     results = run_checks(checks, facts.once(), [*looked_at, *facts.scenes()])
     candidates, choice = best(offers, models, plan_for or facts.hardware, changes or {}, facts.environments)
     return Survey(
         facts=facts,
         results=tuple(results),
-        problems=tuple(problem for result in results for problem in result.problems),
+        problems=tuple(_once(problem for result in results for problem in result.problems)),
         choice=choice,
         candidates=tuple(candidates),
         seconds=time.perf_counter() - start,
     )
+
+
+def _once(problems: Iterable[Problem]) -> Iterable[Problem]:
+    """Each problem once: what a folder shows, a workflow in it may show again."""
+    return {(each.name, each.path, each.what): each for each in problems}.values()
 
 
 def best(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kleinctl_plugins.pipeline import REQUIRES, generator, open_references, too_long
+from kleinctl_plugins.pipeline import REQUIRES, generator, open_references
 
 from kleinctl import Budget, Environment, Fit, Hardware, InstalledModel, Job, Model, Problem, hookimpl, memory
 
@@ -77,11 +77,10 @@ class Session:
     def __init__(self, pipe: Any, model: Model, device: str) -> None:
         self.pipe, self.model, self.device = pipe, model, device
         self.strategy = "cpu" if device == "cpu" else "offload"
-        self.warnings: list[str] = []
+        self.tokenizer = pipe.tokenizer
 
     def generate(self, job: Job, progress: Any) -> Any:
         references = open_references(job.images)
-        self.warnings = too_long(self.pipe.tokenizer, job, self.model.defaults.max_prompt_tokens)
         progress("encode", 0, 1)
         marks = [
             self.pipe.transformer.register_forward_pre_hook(_once(progress, "denoise", job.steps)),

@@ -1,4 +1,4 @@
-"""What both diffusers backends need of a `Flux2KleinPipeline`: reference pictures, stage marks, prompt length."""
+"""What both diffusers backends need of a `Flux2KleinPipeline`: reference pictures and the source of noise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kleinctl import Job, KleinctlError, Problem
+from kleinctl import KleinctlError, Problem
 
 #: Ranges that were tried; the pipeline came with diffusers 0.37, reliable editing with 0.38.
 REQUIRES = (
@@ -38,16 +38,6 @@ def open_references(paths: Sequence[Path]) -> list[Any] | None:
                 Problem(f"{path} is no picture that can be read", why, "save it again as PNG", name="bad-reference")
             ) from None
     return pictures or None
-
-
-def too_long(tokenizer: Any, job: Job, limit: int) -> list[str]:
-    """A warning where the prompt, with its chat template, is longer than the `limit` tokens that are read."""
-    message = [{"role": "user", "content": job.prompt}]
-    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    count = len(tokenizer(text)["input_ids"])
-    if count <= limit:
-        return []
-    return [f"the prompt is {count} tokens long; the model reads {limit}, so its end has no effect"]
 
 
 def generator(seed: int, device: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from typing import Any
 
-from kleinctl_plugins.pipeline import REQUIRES, generator, open_references, too_long
+from kleinctl_plugins.pipeline import REQUIRES, generator, open_references
 
 from kleinctl import Budget, Environment, Fit, Hardware, InstalledModel, Job, Model, Problem, hookimpl, memory
 
@@ -94,7 +94,6 @@ class Session:
         self.model, self.budget = model, budget
         self._dtype = getattr(torch, model.manifest.dtype)
         self.tokenizer = AutoTokenizer.from_pretrained(model.folder / "tokenizer", local_files_only=True)
-        self.warnings: list[str] = []
         self.encoder: Any = None
         self.transformer: Any = None
         self.vae: Any = None
@@ -104,7 +103,6 @@ class Session:
 
         references = open_references(job.images)
         limit = self.model.manifest.defaults.max_prompt_tokens
-        self.warnings = too_long(self.tokenizer, job, limit)
         on_card = self.budget.device != "cpu"
         keep_transformer, keep_encoder = kept(
             self.model.manifest, job, self.budget.vram_bytes if on_card else self.budget.ram_bytes

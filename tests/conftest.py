@@ -71,7 +71,7 @@ def kleinctl(tmp_path: Path) -> Callable[..., Answer]:
             input=stdin,
             capture_output=True,
             text=True,
-            encoding="utf-8",
+            encoding=env.get("PYTHONIOENCODING", "utf-8"),
             timeout=timeout,
         )
         return Answer(done.returncode, done.stdout, done.stderr)

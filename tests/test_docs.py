@@ -10,9 +10,9 @@ from kleinctl import problem
 from tests.conftest import REPOSITORY
 
 
-def test_generated_parts_of_the_readme_are_fresh():
-    done = subprocess.run([sys.executable, "tools/refresh_readme.py", "--check"], cwd=REPOSITORY)
-    assert done.returncode == 0, "run: python tools/refresh_readme.py"
+def test_generated_parts_of_the_documents_are_fresh():
+    done = subprocess.run([sys.executable, "tools/refresh_docs.py", "--check"], cwd=REPOSITORY)
+    assert done.returncode == 0, "run: python tools/refresh_docs.py"
 
 
 def test_exit_codes_in_the_readme_are_the_programs():

@@ -175,6 +175,30 @@ def test_a_torch_that_does_not_suit_the_card(torch, cuda, gpu, words):
     assert (reasons == []) if words is None else (words in reasons[0])
 
 
+@pytest.mark.parametrize(
+    ("files", "python", "version", "leaks"),
+    [
+        (["python_embeded/python313._pth", "python_embeded/python3._pth"], "python_embeded/python.exe", "3.13", False),
+        (["venv/pyvenv.cfg", "venv/Lib/site-packages/x"], "venv/Scripts/python.exe", "3.12.10", False),
+        (["opt/lib/python3.11/os.py"], "opt/bin/python", "3.11", True),
+    ],
+)
+def test_other_pythons_are_read_from_their_files(files, python, version, leaks, tmp_path, monkeypatch, empty_home):
+    """ComfyUI's portable, a venv of Windows, an installation: none of them is started."""
+    for name in (*files, python):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("home = C:\\Python312\nversion = 3.12.10\n" if "cfg" in name else "")
+    site = tmp_path / Path(python).parts[0] / ("lib/python3.11" if "opt" in python else "Lib") / "site-packages"
+    (site / "transformers-5.5.0.dist-info").mkdir(parents=True)
+    asked = "Requires-Dist: huggingface-hub<2.0,>=1.5.0\r\nRequires-Dist: tqdm\r\n\r\nRequires-Dist: numpy\r\n"
+    (site / "transformers-5.5.0.dist-info" / "METADATA").write_text(asked)
+    (empty_home / ".local/lib/python3.11/site-packages/numpy-1.26.4.dist-info").mkdir(parents=True)
+    found = environment.inspect(tmp_path / python, "ComfyUI")
+    assert (found.name, found.python_version, found.packages) == ("ComfyUI", version, {"transformers": "5.5.0"})
+    assert found.requires == {"transformers": ("huggingface-hub<2.0,>=1.5.0",)}
+    assert found.user_site == leaks and (found.leaks == {"user site": ("numpy",)}) == leaks
+
+
 # The plan
 
 

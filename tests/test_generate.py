@@ -14,13 +14,18 @@ import jsonschema
 import pytest
 from PIL import Image
 
-from kleinctl.backends import Budget, Job
+from kleinctl import manifest
+from kleinctl.backends import Budget, Fit, InstalledModel, Job
+from kleinctl.checks.run import run_problems
 from kleinctl.executors import ProcessExecutor
+from kleinctl.facts.run import finished_run
 from kleinctl.generate import Finished, Painter, Request, Step, choose_outputs, run
+from kleinctl.hardware import Hardware
 from kleinctl.pictures import reference
 from kleinctl.pngtext import plain_text, read_text, utf8_text, with_chunks
 from kleinctl.problem import KleinctlError, Misuse
 from kleinctl.records import job_from_record, read_record
+from tests.conftest import REPOSITORY
 from tests.models import tiny_model
 
 SCHEMA = Path(__file__).parent.parent / "kleinctl" / "schemas" / "run.json"
@@ -115,6 +120,50 @@ def test_a_prompt_longer_than_the_model_reads(tmp_path):
     result = run(request(job(prompt="word " * 600), job(prompt="short"), folder=tmp_path), ignore)
     assert result.warnings == ["prompt is 600 tokens, the model reads 512"]
     assert [read_record(image.path)["warnings"] for image in result.images] == [result.warnings, []]
+
+
+@pytest.mark.slow
+def test_the_unread_end_of_a_long_prompt_is_told_by_klein_tiny(tmp_path):
+    """Counted with the model's own tokenizer, in the worker: the light program has none."""
+    folder = REPOSITORY / "manifests" / "klein-tiny"
+    model = manifest.load(folder.with_suffix(".toml"))
+    asked = job(prompt="a very " * 300 + "large red circle", steps=1)
+    offer = {"backend": "staged-decode", "plugin": "kleinctl_plugins.staged_decode"}
+    wanted = replace(request(asked, folder=tmp_path, **offer), model=model, folder=folder)
+    result = run(wanted, ignore)
+    cut = result.images[0].prompt_cut
+    assert cut.limit == 512 < cut.tokens and cut.tail.startswith(("a very", "very")) and cut.tail.endswith("red circle")
+    [problem] = run_problems(finished_run(result, Fit(0, 0, 0, 9.0, 9.0, True, "staged"), "cpu"), Hardware())
+    assert problem.name == "prompt-cut" and problem.why.endswith(cut.tail)
+    document = replace(result, problems=(problem,)).to_json()
+    jsonschema.validate(document, json.loads(SCHEMA.read_text()))
+    assert document["warnings"][-1] == f"{problem.what}: {problem.why}"
+
+
+@pytest.mark.slow
+def test_the_prompt_is_encoded_as_the_reference_does_it(monkeypatch):
+    """The guard against embeddings-differ: the cut text encoder gives the bits of the whole one, padding and all."""
+    import torch
+    from diffusers import Flux2KleinPipeline
+
+    from kleinctl.plugins import Plugins
+
+    heard = []
+    encode = Flux2KleinPipeline.encode_prompt
+
+    def listening(self, *arguments, **options):
+        heard.append(encode(self, *arguments, **options))
+        return heard[-1]
+
+    monkeypatch.setattr(Flux2KleinPipeline, "encode_prompt", listening)
+    model = manifest.load(REPOSITORY / "manifests" / "klein-tiny.toml")
+    for name in ("diffusers-offload", "staged-decode"):
+        backend = Plugins(frozenset()).backend(name).thing
+        session = backend.load(InstalledModel(model, REPOSITORY / "manifests" / "klein-tiny"), Budget(0, 2**33, "cpu"))
+        session.generate(job(steps=1), lambda stage, done, total: None)
+        session.close()
+    reference, ours = heard[0][0], heard[1][0]
+    assert reference.shape == ours.shape == (1, 512, 3 * model.shape.text_hidden) and torch.equal(reference, ours)
 
 
 def test_a_file_that_is_there_is_replaced_only_by_a_whole_picture(tmp_path):

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from kleinctl.hardware import Disk, Gpu, Hardware, RecordedNvml, detect, gpus_from_nvml, imagine
 from kleinctl.hardware.catalogue import DESKTOP_VRAM, cards, find_card
-from kleinctl.hardware.disks import disk_of, filesystem_of
+from kleinctl.hardware.disks import disk_of, filesystem_of, rotational
 from kleinctl.hardware.machine import container, cpu_count, memory_facts, wsl
 from kleinctl.hardware.nvml import NvmlFault, nvidia_facts
 from kleinctl.hardware.other_gpus import linux_gpus
@@ -434,6 +434,44 @@ def test_fat32_ends_at_4_gib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     here = SimpleNamespace(mountpoint=str(tmp_path.resolve()), fstype="vfat")
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: [here])
     assert disk_of(tmp_path / "models").max_file_bytes == 2**32 - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "told", "expected"),
+    [
+        ("sda/sda1", "WDC WD40EZRZ", "1", True),
+        ("nvme0n1/nvme0n1p2", "Samsung SSD 990", "0", False),
+        ("dm-0", "", "0", False),
+        ("vda/vda1", "", "1", None),  # a virtual machine's disk says so whatever it is made of
+        ("sdb/sdb1", "Virtual Disk", "1", None),
+    ],
+)
+def test_a_disk_that_turns(name: str, model: str, told: str, expected: bool | None, tmp_path: Path) -> None:
+    disk, device = name.split("/")[0], name.split("/")[-1]
+    folder = write(tmp_path / "sys/devices" / disk, **{"queue/rotational": told, "device/model": model})
+    (folder / device).mkdir(exist_ok=True)
+    (tmp_path / "sys/class/block").mkdir(parents=True)
+    (tmp_path / "sys/class/block" / device).symlink_to(folder if device == disk else folder / device)
+    assert rotational(f"/dev/{device}", tmp_path) is expected
+    assert rotational("overlay", tmp_path) is None
+
+
+def test_a_home_on_a_network_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    here = SimpleNamespace(mountpoint=str(tmp_path.resolve()), fstype="nfs4", device="server:/home", opts="rw")
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: [here])
+    assert disk_of(tmp_path / "models").network and not disk_of(Path("/")).network
+
+
+def test_why_a_card_runs_slowly() -> None:
+    answers = fixture("rtx-4090")["nvml"]
+    reasons = {0x1: (), 0x4: ("power",), 0x60: ("heat",), 0x88: ("hardware",), 0x1 | 0x4: (), 0x100: ()}
+    for bits, expected in reasons.items():
+        said = answers | {"nvmlDeviceGetCurrentClocksThrottleReasons(0)": bits}
+        assert gpus_from_nvml(RecordedNvml(said), {})[0].throttled == expected
+    gpu = gpus_from_nvml(RecordedNvml(answers), {})[0]
+    assert (gpu.power_limit_watts, gpu.power_default_watts, gpu.temperature_celsius) == (450, 450, 38)
 
 
 def test_a_home_that_is_not_there_yet(tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import struct
+import subprocess
+import sys
 import time
 import tracemalloc
 
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 from kleinctl import header as formats
 from kleinctl.header import BadHeader, CutHeader, Header, read_gguf, read_safetensors
 from tests import weights
+from tests.conftest import REPOSITORY
 
 safetensors = pytest.importorskip("safetensors")
 
@@ -109,6 +113,80 @@ def test_the_most_tensors_that_are_accepted_stay_within_bounds():
     assert len(found.tensors) == len(many) and peak < 300_000_000
 
 
+def test_a_header_longer_than_any_known_one_is_not_read_either():
+    front = struct.pack("<Q", formats.MAX_READ + 1) + b'{"a'
+    with pytest.raises(BadHeader, match="is 32,000,001 bytes long"):
+        read_safetensors(io.BytesIO(front), 99_000_000)
+
+
+HOSTILE = {
+    "nested": lambda length: b'{"a":' + b"[" * (length - 5),
+    "many tensors": lambda length: with_tensors(length),
+    "many numbers": lambda length: b'{"a":[' + b"1," * ((length - 6) // 2),
+    "one number": lambda length: b'{"a":' + b"9" * (length - 6) + b"}",
+    "one string": lambda length: b'{"a":"' + b"x" * (length - 8) + b'"}',
+    "escapes": lambda length: b'{"a":"' + b"\\u0041" * ((length - 8) // 6) + b'"}',
+    "quotes": lambda length: b'{"a":' + b'"' * (length - 5),
+    "unicode": lambda length: '{"a":"\U0001f600'.encode() + b"x" * (length - 12) + b'"}',
+    "blanks": lambda length: b"{" + b" " * (length - 2) + b"}",
+    "one name many times": lambda length: b"{" + b'"a":{},' * ((length - 8) // 7) + b'"a":{}}',
+    "zeros": lambda length: b"{" + bytes(length - 1),
+    "entries that nearly fit": lambda length: b"{" + b'"":{"dtype":"' * ((length - 1) // 13),
+}
+
+
+def with_tensors(length: int) -> bytes:
+    entries = (f'"{n}":{{"dtype":"U8","shape":[1],"data_offsets":[{n},{n + 1}]}},' for n in range(length // 75))
+    return b"{" + "".join(entries).encode()[:-1] + b"}"
+
+
+JUDGE = """
+import resource, sys, time
+from pathlib import Path
+from kleinctl.identify import identify
+resource.setrlimit(resource.RLIMIT_AS, (600_000_000, 600_000_000))
+for path in map(Path, sys.argv[1:]):
+    start = time.process_time()
+    found = identify(path)
+    print(path.name, round(time.process_time() - start, 2), found.kind, found.saw, sep="|")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
+@pytest.mark.parametrize("length", [30_000_000, 99_000_000])
+def test_hostile_headers_cost_neither_time_nor_memory(tmp_path, length):
+    paths = []
+    for name, make in HOSTILE.items():
+        text = make(length) if length < formats.MAX_READ else make(1000)
+        paths.append(tmp_path / name)
+        with paths[-1].open("wb") as file:
+            file.write(struct.pack("<Q", max(length, len(text))) + text)
+            file.truncate(8 + max(length, len(text)) + 10)
+    done = subprocess.run([sys.executable, "-c", JUDGE, *paths], capture_output=True, text=True, timeout=120)
+    for path in paths:
+        path.unlink()
+    assert done.returncode == 0, done.stderr
+    *lines, peak = done.stdout.splitlines()
+    print(done.stdout)
+    assert len(lines) == len(HOSTILE)
+    assert max(float(line.split("|")[1]) for line in lines) < 2
+    assert int(peak) * 1024 < 400_000_000
+
+
+def test_hostile_gguf_files_cost_neither_time_nor_memory():
+    lies = [
+        gguf(values=1, rest=key("a") + struct.pack("<IIQ", 9, 8, 999_999) + bytes(8 * 999_999)),
+        gguf(tensors=99_999, rest=bytes(60_000_000)),
+        gguf(values=99_999, rest=bytes(60_000_000)),
+    ]
+    for data in lies:
+        start = time.process_time()
+        with contextlib.suppress(BadHeader):
+            read_gguf(io.BytesIO(data))
+        assert time.process_time() - start < 2
+
+
 scalars = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8)
 anything = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4)
@@ -135,6 +213,34 @@ def test_any_json_ends_in_a_header_or_a_bad_header(tables, extra):
         return
     assert found.end is not None and found.end >= 8
     assert all(tensor.nbytes is not None and tensor.nbytes >= 0 for tensor in found.tensors.values())
+
+
+usual_entry = st.tuples(
+    st.text(max_size=4), st.sampled_from(["F32", "BF16", "F4"]), st.lists(st.integers(0, 3), max_size=3)
+)
+
+
+@given(st.lists(usual_entry, max_size=5), st.booleans(), st.data())
+def test_the_quick_way_reads_what_the_slow_way_reads(entries, metadata, data):
+    shapes = {name: tuple(shape) for name, _, shape in entries}
+    dtypes = {name: dtype for name, dtype, _ in entries}
+    raw = bytearray(weights.header(shapes, "F32", {"a": "b"} if metadata else None, **dtypes)[8:])
+    if data.draw(st.booleans()):
+        at = data.draw(st.integers(0, len(raw) - 1))
+        junk = st.sampled_from([b"", b",", b"}", b'"', b"0", b" ", b"\\", b'},"', b"\n", b"_", b"{"])
+        raw[at : at + data.draw(st.integers(0, 2))] = data.draw(junk)
+    quick = formats._usual_form(bytes(raw))
+    if quick is not None:
+        assert quick == formats._any_form(bytes(raw))
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
+def test_the_quick_way_is_taken_for_what_the_library_writes(part):
+    (path,) = (REPOSITORY / "manifests" / "klein-tiny" / part).glob("*.safetensors")
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    quick = formats._usual_form(raw[8 : 8 + length])
+    assert quick is not None and quick == formats._any_form(raw[8 : 8 + length])
 
 
 @given(st.binary(max_size=200) | st.binary(max_size=60).map(with_json))

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kleinctl import documents
 from kleinctl.identify import (
     Identity,
     LfsPointer,
@@ -73,6 +74,16 @@ TRANSFORMERS = {
         "z-image",
         "diffusers",
     ),
+    "Qwen-Image": (
+        {"txt_norm.weight": (3584,), "txt_in.weight": (3072, 3584), "img_in.weight": (3072, 64)},
+        "qwen-image",
+        "single-file",
+    ),
+    "diffusers Chroma": (
+        {**weights.flux1_diffusers(), "distilled_guidance_layer.in_proj.weight": (5120, 64)},
+        "chroma",
+        "diffusers",
+    ),
     "the least that tells": ({"txt_in.weight": (3072, 7680)}, "flux2-klein-4b", "single-file"),
     "cut down for a test": (weights.flux2(128, 7680, 1, 1), "flux2-klein-4b", "single-file"),
 }
@@ -106,6 +117,7 @@ TEXT_ENCODERS = {
         "model.layers.0.post_attention_layernorm.weight": (3072,),
         "model.embed_tokens.weight": (131072, 3072),
     },
+    "qwen3-1.7b": weights.qwen3(2048, 6144, 16, layers=28),
     "llama3-8b": {"model.layers.0.mlp.gate_proj.weight": (14336, 4096)},
     "t5-xxl": weights.t5(),
     "umt5-xxl": weights.t5(256384),
@@ -192,6 +204,38 @@ VAES = {
         "diffusers",
         "16 latent channels, 3-D convolutions: Wan 2.1 or Qwen-Image VAE",
     ),
+    "Wan 2.2": (
+        {"decoder.middle.0.residual.0.gamma": (1024, 1, 1, 1), "decoder.conv1.weight": (1024, 48, 3, 3, 3)},
+        "wan22-vae",
+        "single-file",
+        "48 latent channels, 3-D convolutions: Wan 2.2 VAE; decoder only, so it cannot read pictures for an edit",
+    ),
+    "TAEF2": (
+        {"decoder.layers.0.weight": (64, 32, 3, 3), "decoder.layers.2.conv.0.weight": (64, 64, 3, 3)}
+        | {"encoder.layers.0.weight": (64, 3, 3, 3)},
+        "flux2-tiny-vae",
+        "diffusers",
+        "32 latent channels, convolutions 64 wide: TAEF2, a tiny autoencoder for FLUX.2",
+    ),
+    "taesd_decoder": (
+        {"1.weight": (64, 4, 3, 3), "3.conv.0.weight": (64, 64, 3, 3)},
+        "tiny-vae",
+        "single-file",
+        "4 latent channels, convolutions 64 wide: TAESD, a tiny autoencoder; "
+        "decoder only, so it cannot read pictures for an edit",
+    ),
+    "LTX-Video": (
+        {"decoder.conv_in.conv.weight": (512, 128, 3, 3, 3), "encoder.conv_in.conv.weight": (128, 48, 3, 3, 3)},
+        "unknown",
+        "single-file",
+        "128 latent channels, causal 3-D convolutions: a video VAE, not known",
+    ),
+    "HunyuanVideo": (
+        {"decoder.conv_in.conv.weight": (512, 16, 3, 3, 3), "encoder.conv_in.conv.weight": (128, 3, 3, 3, 3)},
+        "unknown",
+        "single-file",
+        "16 latent channels, causal 3-D convolutions: a video VAE, not known",
+    ),
     "DC-AE": (
         {
             "decoder.conv_in.weight": (1024, 32, 3, 3),
@@ -242,6 +286,104 @@ def test_what_pairing_needs_of_a_transformer_and_a_text_encoder(tmp_path, models
         "Qwen3 8B (4096 wide)",
         "Qwen3 4B (2560 wide)",
     )
+
+
+SAID = {
+    "FLUX.1 dev": (weights.flux1(), "text input 4096 wide, a guidance input: FLUX.1 dev or its kin; 19 + 38 blocks"),
+    "FLUX.1 schnell": (
+        {name: shape for name, shape in weights.flux1().items() if "guidance" not in name},
+        "text input 4096 wide, no guidance input: FLUX.1 schnell or its kin; 19 + 38 blocks",
+    ),
+    "FLUX.1 Fill": (
+        {**weights.flux1(), "img_in.weight": (3072, 384)},
+        "text input 4096 wide, image input 384: FLUX.1 Fill; 19 + 38 blocks",
+    ),
+    "FLUX.1 Depth": (
+        {**weights.flux1(), "img_in.weight": (3072, 128)},
+        "text input 4096 wide, image input 128: FLUX.1 Depth or Canny; 19 + 38 blocks",
+    ),
+    "Wan 2.2": (
+        {"head.modulation": (1, 2, 3072), "patch_embedding.weight": (3072, 48, 1, 2, 2)},
+        "video blocks, blocks 3072 wide, image input 48: Wan 2.2 5B",
+    ),
+    "diffusers Wan": (
+        {
+            "condition_embedder.text_embedder.linear_1.weight": (5120, 4096),
+            "blocks.0.attn2.to_k.weight": (5120, 5120),
+        },
+        "video blocks 5120 wide, text input 4096 wide: Wan",
+    ),
+    "SD3": (
+        {"joint_blocks.0.x_block.attn.qkv.weight": (4608, 1536)},
+        "joint blocks 1536 wide: Stable Diffusion 3",
+    ),
+    "diffusers SD3": (
+        {"pos_embed.pos_embed": (1, 36864, 1536), "context_embedder.weight": (1536, 4096)},
+        "joint blocks 1536 wide, text input 4096 wide: Stable Diffusion 3",
+    ),
+    "diffusers SDXL": (
+        {"add_embedding.linear_1.weight": (1280, 2816), "down_blocks.0.resnets.0.conv1.weight": (320, 320, 3, 3)},
+        "a UNet with SDXL's size conditioning: SDXL",
+    ),
+    "diffusers SD1.5": (
+        {"down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight": (640, 768)},
+        "a UNet with text input 768 wide: Stable Diffusion 1.5",
+    ),
+    "a ControlNet": ({"input_hint_block.0.weight": (16, 3, 3, 3)}, "a ControlNet: it steers a model and is none"),
+    "Qwen3-VL 8B": (
+        {
+            "model.visual.patch_embed.proj.weight": (1152, 3, 2, 16, 16),
+            "model.layers.0.self_attn.q_norm.weight": (128,),
+            "model.layers.0.post_attention_layernorm.weight": (4096,),
+        },
+        "a vision tower and query norms, 4096 wide: Qwen3-VL 8B; 1 layer",
+    ),
+    "Qwen2.5-VL 7B": (
+        {
+            "visual.patch_embed.proj.weight": (1280, 3, 2, 14, 14),
+            "model.layers.0.self_attn.q_proj.bias": (3584,),
+            "model.embed_tokens.weight": (152064, 3584),
+        },
+        "a vision tower and query biases, 3584 wide: Qwen2.5-VL 7B; 1 layer",
+    ),
+    "Gemma 2": (
+        {"model.layers.0.pre_feedforward_layernorm.weight": (2304,)},
+        "2304 wide, norms around the MLP: Gemma 2 2B",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_is_said_of_other_models(tmp_path, name):
+    shapes, saw = SAID[name]
+    assert identify(weights.write(tmp_path / "file.safetensors", shapes)).saw == saw
+
+
+def test_blocks_that_are_missing_from_a_file_that_is_no_shard(tmp_path):
+    whole = weights.flux2(**KLEIN_4B)
+    some = {name: shape for name, shape in whole.items() if not name.startswith(("double_blocks.3", "double_blocks.4"))}
+    found = identify(weights.write(tmp_path / "flux-2-klein-4b.safetensors", some))
+    assert found.family == "flux2-klein-4b" and found.facts.missing == "3 of 5 double blocks"
+    assert "; incomplete: only 3 of 5 double blocks, and its name says nothing of shards" in found.saw
+    shard = identify(weights.write(tmp_path / "model-00001-of-00002.safetensors", some))
+    assert "incomplete" not in shard.saw and shard.facts.missing == ""
+    encoder = {name: shape for name, shape in weights.qwen3(**QWEN3_4B).items() if ".layers.20." not in name}
+    found = identify(weights.write(tmp_path / "qwen_3_4b.safetensors", encoder))
+    assert found.facts.missing == "35 of 36 layers"
+
+
+def test_base_distilled_and_kv_are_not_guessed(tmp_path):
+    words = "base and distilled have the same tensors; only the sha256 tells"
+    found = identify(weights.write(tmp_path / "flux-2-klein-9b-kv.safetensors", weights.flux2(**KLEIN_9B)))
+    assert found.saw.endswith(f"8 + 24 blocks; {words}; the name says KV; tensors cannot tell")
+    found = identify(weights.write(tmp_path / "kvasir.safetensors", weights.flux2(**KLEIN_4B)))
+    assert found.saw.endswith(f"5 + 20 blocks; {words}") and found.sure == "header"
+
+
+def test_a_gguf_file_whose_axes_are_in_the_other_order(tmp_path):
+    turned = {name: shape[::-1] for name, shape in weights.flux2(**KLEIN_4B).items()}
+    found = identify(weights.write_gguf(tmp_path / "klein.gguf", turned, "flux"))
+    assert (found.family, found.facts.text_width, found.facts.double_blocks) == ("flux2-klein-4b", 7680, 5)
 
 
 def test_a_whole_sdxl_checkpoint_is_no_transformer(tmp_path):
@@ -307,6 +449,38 @@ def test_how_fp8_scales_are_announced(tmp_path, scale, extra, scales):
     assert ("its scales are not announced, and ComfyUI would ignore them" in found.saw) == (scales == "unmarked")
 
 
+@pytest.mark.parametrize(
+    ("scale", "scaled_by", "words"),
+    [
+        ((), "tensor", "per tensor"),
+        ((1,), "tensor", "per tensor"),
+        ((0,), "row", "per row"),
+        ((4, 8), "block", "per block"),
+    ],
+)
+def test_what_an_fp8_scale_is_for(tmp_path, scale, scaled_by, words):
+    shapes = {**weights.scaled(weights.flux2(**KLEIN_4B), scale), "img_in.comfy_quant": (30,)}
+    path = weights.write(tmp_path / "fp8.safetensors", shapes, "F8_E4M3", weight_scale="F32", comfy_quant="U8")
+    found = identify(path)
+    assert found.facts.scaled_by == scaled_by and f"fp8 with a scale {words}" in found.saw
+
+
+def test_t5_in_fp8_without_scales(tmp_path):
+    found = identify(weights.write(tmp_path / "t5xxl_fp8_e4m3fn.safetensors", weights.t5(), "F8_E4M3"))
+    assert (found.family, found.dtype) == ("t5-xxl", "fp8") and found.saw.endswith("24 layers; fp8 without scales")
+
+
+@pytest.mark.parametrize(("extra", "dtype"), [("wscales", "svdq-int4"), ("wcscales", "svdq-fp4")])
+def test_an_svdquant_file(tmp_path, extra, dtype):
+    shapes = {"context_embedder.weight": (3072, 4096), "time_text_embed.text_embedder.linear_1.weight": (3072, 768)}
+    for n in range(19):
+        at = f"transformer_blocks.{n}.mlp_fc1"
+        shapes |= {f"{at}.qweight": (12288, 1536), f"{at}.{extra}": (48, 12288), f"{at}.lora_down": (3072, 32)}
+    found = identify(weights.write(tmp_path / "svdq.safetensors", shapes, "BF16", qweight="I8"))
+    assert brief(found) == ("safetensors", "transformer", "flux1", "diffusers", dtype)
+    assert "by SVDQuant, which needs nunchaku" in found.saw
+
+
 def test_an_nvfp4_file_whose_weights_lie_two_to_a_byte(tmp_path):
     h = 3072
     shapes = {
@@ -360,6 +534,30 @@ LORAS = {
     "FLUX.1, attention only": (FLUX1_ATTENTION, "peft", "flux1"),
     "FLUX.1, single blocks": (weights.matrices(weights.flux1(), "blocks.0.linear"), "peft", "flux1"),
     "as wide in both": (weights.matrices(weights.flux2(**KLEIN_4B), "blocks.1.img_attn"), "peft", "unknown"),
+    "SDXL": (
+        {name: shape for name, shape in weights.unet(2048).items() if ".attn" in name and len(shape) == 2},
+        "kohya",
+        "sdxl",
+    ),
+    "SD1.5": ({"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (1280, 768)}, "peft", "sd15"),
+    "Qwen-Image": (
+        {f"transformer_blocks.{n}.img_mlp.net.0.proj.weight": (12288, 3072) for n in range(60)},
+        "peft",
+        "qwen-image",
+    ),
+    "Qwen-Image, attention only": (
+        {f"transformer_blocks.{n}.attn.to_q.weight": (3072, 3072) for n in range(60)},
+        "peft",
+        "unknown",
+    ),
+    "FLUX.1 by diffusers": (
+        {"single_transformer_blocks.3.attn.to_q.weight": (3072, 3072)},
+        "peft",
+        "flux1",
+    ),
+    "HunyuanVideo": ({"double_blocks.3.img_mlp.fc1.weight": (12288, 3072)}, "kohya", "hunyuan-video"),
+    "Wan": ({"blocks.3.cross_attn.k.weight": (5120, 5120)}, "peft", "wan"),
+    "as wide as klein 9B": ({"transformer_blocks.3.attn1.to_q.weight": (4096, 4096)}, "peft", "unknown"),
     "Stable Diffusion": (
         {"unet.down_blocks.1.attentions.0.transformer_blocks.4.attn1.to_q": (640, 640)},
         "peft",
@@ -389,6 +587,72 @@ def test_what_is_said_of_loras(tmp_path):
     assert saw(LORAS["Stable Diffusion"][0]) == "LoRA of rank 8 for a model that is not known here"
 
 
+def test_a_flux1_lora_partly_fits_klein_4b_and_that_is_said(tmp_path):
+    found = identify(weights.write(tmp_path / "a.safetensors", weights.lora(LORAS["FLUX.1"][0], 8, "kohya")))
+    assert found.saw == (
+        "3072 wide, double blocks up to 18, single blocks up to 37: LoRA of rank 8 for FLUX.1; "
+        "some of its layers are as wide in FLUX.2 [klein] 4B, where it would partly fit"
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "format", "dora", "saw"),
+    [
+        ({"lora_A.weight": (8, 3072), "lora_B.weight": (9 * 3072, 8)}, "peft", False, "LoRA of rank 8"),
+        ({"lora_down.weight": (8, 3072), "lora_up.weight": (9 * 3072, 8)}, "kohya", False, "LoRA of rank 8"),
+        ({"lora.down.weight": (8, 3072), "lora.up.weight": (9 * 3072, 8)}, "diffusers", False, "LoRA of rank 8"),
+        (
+            {"lora_A.weight": (8, 3072), "lora_B.weight": (9 * 3072, 8), "lora_magnitude_vector": (9 * 3072,)},
+            "peft",
+            True,
+            "DoRA of rank 8",
+        ),
+        (
+            {"lora_down.weight": (8, 3072), "lora_up.weight": (9 * 3072, 8), "dora_scale": (9 * 3072, 1)},
+            "kohya",
+            True,
+            "DoRA of rank 8",
+        ),
+        (
+            {"hada_w1_a": (9 * 3072, 8), "hada_w1_b": (8, 3072), "hada_w2_a": (9 * 3072, 8), "hada_w2_b": (8, 3072)},
+            "loha",
+            False,
+            "LoHa of rank 8",
+        ),
+        ({"lokr_w1": (8, 8), "lokr_w2": (9 * 384, 384)}, "lokr", False, "LoKr"),
+    ],
+)
+def test_the_formats_of_adapters(tmp_path, names, format, dora, saw):
+    shapes = {f"diffusion_model.single_blocks.3.linear1.{end}": shape for end, shape in names.items()}
+    found = identify(weights.write(tmp_path / "a.safetensors", shapes))
+    assert (found.family, found.facts.format, found.facts.dora) == ("flux2-klein-4b", format, dora)
+    assert found.saw == f"3072 wide, single blocks up to 3: {saw} for FLUX.2 [klein] 4B"
+
+
+def test_an_adapter_by_xlabs(tmp_path):
+    shapes = {}
+    for n in range(19):
+        at = f"double_blocks.{n}.processor.qkv_lora1"
+        shapes |= {f"{at}.down.weight": (16, 3072), f"{at}.up.weight": (9216, 16)}
+    found = identify(weights.write(tmp_path / "a.safetensors", shapes))
+    assert (found.role, found.family, found.facts.format, found.facts.rank) == ("lora", "flux1", "xlabs", 16)
+
+
+def test_a_lora_that_fits_two_models_names_both(tmp_path):
+    found = identify(weights.write(tmp_path / "a.safetensors", weights.lora(LORAS["as wide in both"][0])))
+    assert (found.family, found.facts.candidates) == ("unknown", ("flux1", "flux2-klein-4b"))
+    only = identify(weights.write(tmp_path / "b.safetensors", weights.lora(LORAS["Qwen-Image, attention only"][0])))
+    assert only.facts.candidates == () and only.saw.endswith("LoRA of rank 16 for a model that is not known here")
+
+
+def test_a_whole_clip_is_a_text_encoder_and_its_vision_tower_alone_is_none(tmp_path):
+    vision = {"vision_model.encoder.layers.0.mlp.fc1.weight": (4096, 1024), "visual_projection.weight": (768, 1024)}
+    whole = identify(weights.write(tmp_path / "clip.safetensors", {**weights.clip(768, 3072, 12), **vision}))
+    assert (whole.role, whole.family) == ("text-encoder", "clip-l")
+    tower = identify(weights.write(tmp_path / "clip_vision.safetensors", vision))
+    assert (tower.role, tower.family) == ("unknown", "clip-vision")
+
+
 def test_a_lora_saved_by_peft_with_the_adapters_name(tmp_path):
     layers = weights.lora(weights.matrices(weights.flux2(**KLEIN_4B), "single_blocks.3.linear1"), 4)
     named = {name.replace(".weight", ".default.weight"): shape for name, shape in layers.items()}
@@ -406,8 +670,10 @@ def test_a_lora_with_diffusers_names_and_one_of_two_factors_lokr(tmp_path):
         "lycoris_single_blocks_0_linear1.lokr_w2_b": (4, 4096 // 8),
     }
     found = identify(weights.write(tmp_path / "b.safetensors", lokr))
-    assert found.facts == Lora(tmp_path / "b.safetensors", "flux2-klein-9b", "single-file", "bf16", None, 4096, None, 0)
-    assert found.saw == "4096 wide, single blocks up to 0: LoRA for FLUX.2 [klein] 9B"
+    assert found.facts == Lora(
+        tmp_path / "b.safetensors", "flux2-klein-9b", "single-file", "bf16", None, 4096, None, 0, "lokr"
+    )
+    assert found.saw == "4096 wide, single blocks up to 0: LoKr for FLUX.2 [klein] 9B"
 
 
 # What is there instead of weights
@@ -654,6 +920,29 @@ def test_the_json_document_follows_its_schema(tmp_path, models):
     assert set(schema["properties"]["files"]["items"]["properties"]["kind"]["enum"]) >= {one.kind for one in found}
 
 
+def test_an_identity_survives_a_report(tmp_path, models):
+    shapes = [weights.flux2(**KLEIN_4B), weights.qwen3(**QWEN3_4B), weights.vae(), weights.lora(LORAS["klein 9B"][0])]
+    found = [identify(weights.write(tmp_path / f"{n}.safetensors", each), models) for n, each in enumerate(shapes)]
+    shard = weights.write(tmp_path / "model-00001-of-00002.safetensors", quantized(), "F8_E4M3", weight_scale="F32")
+    (tmp_path / "pointer").write_bytes(NOT_WEIGHTS["a git-LFS pointer"][0])
+    found += [identify(path, models) for path in (shard, tmp_path / "pointer", tmp_path / "gone")]
+    kinds = [Transformer, TextEncoder, Vae, Lora, Transformer, LfsPointer, type(None)]
+    assert [type(each.facts) for each in found] == kinds
+    for each in found:
+        sent = json.loads(json.dumps(documents.plain(each)))
+        assert documents.read(Identity, sent, "identity") == each
+
+
+def test_numbers_beyond_reason_do_not_reach_a_report(tmp_path):
+    shapes = {"double_blocks.0.a.lokr_w1": (10**14, 0), "double_blocks.0.a.lokr_w2": (10**14, 0)}
+    found = identify(weights.write(tmp_path / "a.safetensors", shapes))
+    assert found.role == "lora" and found.facts.hidden is None
+    huge = identify(weights.write(tmp_path / "b.safetensors", {"txt_in.weight": (10**15, 0)}))
+    assert huge.saw == "a safetensors file whose header gives 'txt_in.weight' an axis of 1,000,000,000,000,000"
+    for each in (found, huge):
+        assert documents.read(Identity, documents.plain(each), "x") == each
+
+
 @pytest.mark.parametrize(
     ("name", "shapes"),
     [
@@ -672,7 +961,20 @@ def test_an_8_gb_file_takes_milliseconds(tmp_path, models, name, shapes):
         times.append(time.perf_counter() - start)
     median = statistics.median(times) * 1000
     print(f"identify {name}, {path.stat().st_size / 1e9:.2f} GB: {median:.2f} ms")
-    assert median < 15  # 1 to 2 ms; the bound is for busy machines
+    assert median < 20  # 0.6 to 1 ms; wanted are 5, and the bound is for busy machines
+
+
+def test_a_folder_of_200_files_takes_a_third_of_a_second(tmp_path, models):
+    files = weights.models_folder(tmp_path)
+    assert len(files) == 200
+    best = 10.0
+    for _ in range(3):
+        start = time.perf_counter()
+        found = [identify(path, models) for path in files]
+        best = min(best, time.perf_counter() - start)
+    print(f"identify {len(files)} files: {best:.3f} s")
+    assert all(each.whole and each.family != "unknown" for each in found)
+    assert best < 4 * 0.35
 
 
 def test_a_hostile_header_of_very_many_blocks_takes_a_second_or_two(tmp_path):
@@ -717,3 +1019,18 @@ names = st.sampled_from(
 def test_whatever_the_header_lists_there_is_an_answer(tmp_path, shapes):
     found = identify(weights.write(tmp_path / "any.safetensors", shapes))
     assert found.kind == "safetensors" and found.saw and found.saw.isprintable()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.data())
+def test_a_damaged_header_is_still_answered(tmp_path, data):
+    shapes = weights.flux2(128, 7680, 1, 1)
+    gguf = weights.write_gguf(tmp_path / "whole.gguf", shapes, "flux", words=3).read_bytes()[:4000]
+    whole = bytearray(data.draw(st.sampled_from([weights.header(shapes, "BF16", {"made": "here"}), gguf])))
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(whole) - 1))
+        whole[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=4))
+    path = tmp_path / "damaged.safetensors"
+    path.write_bytes(whole)
+    found = identify(path)
+    assert found.saw.isprintable() and documents.read(Identity, documents.plain(found), "x") == found

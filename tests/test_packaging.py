@@ -22,6 +22,9 @@ NEEDED = (
     "kleinctl/environments.toml",
     "kleinctl/schemas/doctor.json",
     "kleinctl/worker/bootstrap.py",
+    "kleinctl/report/page.css",
+    "kleinctl/comfyui_nodes.toml",
+    "kleinctl_problems/wrong-vae.md",
     "kleinctl_manifests/klein-4b.toml",
     "kleinctl_manifests/klein-tiny.toml",
     "kleinctl_manifests/klein-tiny/transformer/diffusion_pytorch_model.safetensors",
@@ -34,7 +37,7 @@ SHIPPED_WEIGHTS = 12_000_000
 def source(tmp_path_factory) -> Path:
     """A clean copy of the repository, so that nothing built lands in it."""
     copy = tmp_path_factory.mktemp("source")
-    names = ("kleinctl", "plugins", "manifests", "pyproject.toml", "README.md", "LICENSE")
+    names = ("kleinctl", "plugins", "manifests", "docs", "pyproject.toml", "README.md", "LICENSE")
     paths = [REPOSITORY / name for name in names]
     subprocess.run(["cp", "-r", *paths, copy], check=True)
     return copy

@@ -164,7 +164,7 @@ def test_every_hook_has_an_example():
     from kleinctl import hookspecs
 
     hooks = [function for name, function in vars(hookspecs).items() if name.startswith("kleinctl_")]
-    assert len(hooks) == 6
+    assert len(hooks) == 7
     assert all("Example::" in function.__doc__ and "@hookimpl" in function.__doc__ for function in hooks)
 
 

@@ -23,6 +23,7 @@ from kleinctl.problem import KleinctlError
 from kleinctl.units import GIB
 from kleinctl.worker import protocol
 from kleinctl.worker.log import LOGS_KEPT
+from kleinctl.worker.looks import prompt_cut
 from kleinctl.worker.main import Stopwatch
 from kleinctl.worker.protocol import Generate, Load, Loaded, Made
 from tests.models import tiny_model
@@ -163,7 +164,7 @@ def test_a_worker_of_another_version(tmp_path):
     )
     with pytest.raises(KleinctlError) as caught:
         ProcessExecutor(bootstrap=other).start(PYTHON, ECHO)
-    assert caught.value.problem.why == "This one speaks kleinctl.worker/1; the worker said kleinctl.worker/9."
+    assert caught.value.problem.why == "This one speaks kleinctl.worker/2; the worker said kleinctl.worker/9."
 
 
 def test_a_python_that_is_not_there(tmp_path):
@@ -313,6 +314,76 @@ def test_secrets_and_proxies_stay_in_the_control_process():
     assert environment["HF_HUB_OFFLINE"] == "1" and "CUDA_VISIBLE_DEVICES" not in environment
 
 
+def test_variables_that_old_guides_set_do_not_reach_the_worker():
+    """A leftover HF_HUB_ENABLE_HF_TRANSFER stops old versions of the hub's library (B15); user packages stay out."""
+    environment = worker_environment({"HF_HUB_ENABLE_HF_TRANSFER": "1", "PATH": "/bin"}, None)
+    assert "HF_HUB_ENABLE_HF_TRANSFER" not in environment
+    assert environment["PYTHONNOUSERSITE"] == "1"
+
+
+@pytest.mark.parametrize(
+    "card", ["GPU-8a2f0f6e-1111-2222-3333-444455556666", "MIG-3d2f0f6e-1111-2222-3333-444455556666"]
+)
+def test_one_card_of_several_or_a_slice_is_chosen_by_its_uuid(card):
+    """CUDA counts by speed, the driver by slot (A15); a slice can only be named (A14)."""
+    environment = worker_environment({"CUDA_VISIBLE_DEVICES": "0,1"}, card)
+    assert (environment["CUDA_VISIBLE_DEVICES"], environment["CUDA_DEVICE_ORDER"]) == (card, "PCI_BUS_ID")
+
+
+@pytest.mark.skipif(not LINUX, reason="glibc and growing segments")
+def test_settings_of_memory_are_set_for_a_card_and_the_users_own_stay():
+    assert worker_environment({}, "GPU-1")["MALLOC_MMAP_THRESHOLD_"] == "1048576"  # D20
+    assert "MALLOC_MMAP_THRESHOLD_" not in worker_environment({}, None)
+    assert worker_environment({}, None)["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    own = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:128", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    found = worker_environment(own, "GPU-1")
+    assert found.keys() >= own.keys() and all(found[key] == value for key, value in own.items())
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in found
+
+
+def test_what_a_picture_took_is_told(tmp_path):
+    with ProcessExecutor().start(PYTHON, ECHO) as worker:
+        worker.ask(load("echo", ECHO), nothing)
+        made = worker.ask(generate(tmp_path), nothing)
+    assert set(made.stages) == set(made.seconds) and made.stages["decode"] == protocol.NO_USE  # no card
+    assert len(made.pixels.channels) == 3 and 120 < made.pixels.channels[0].mean < 135  # it paints noise
+    assert made.prompt_cut is None and made.tiling is None
+    if os.name == "nt" or LINUX:
+        assert 5 * 2**20 < made.rss_bytes < 2**31
+
+
+def test_a_stage_that_comes_twice_keeps_its_largest_figures():
+    uses = iter([protocol.StageUse(5, 3, 9, None), protocol.StageUse(1, 1, 1, 1), protocol.StageUse(4, 4, 4, 7)])
+    watch = Stopwatch(lambda progress: None, lambda: None, measure=lambda: next(uses))
+    for stage in ("load", "encode", "load"):
+        watch(stage, 0, 1)
+    watch.stop()
+    assert watch.uses == {"load": protocol.StageUse(5, 4, 9, 7), "encode": protocol.StageUse(1, 1, 1, 1)}
+
+
+class Words:
+    """A tokenizer in the shape of Qwen's: a token is a word, and the template has three before and two after."""
+
+    def apply_chat_template(self, messages, **options):
+        return f"<s> user : {messages[0]['content']} </s> assistant"
+
+    def __call__(self, text, return_offsets_mapping):
+        found = list(re.finditer(r"\S+", text))
+        return {"input_ids": found, "offset_mapping": [match.span() for match in found]}
+
+
+@pytest.mark.parametrize(("words", "tail"), [(5, None), (97, None), (98, "w97"), (100, "w97 w98 w99")])
+def test_the_words_of_a_prompt_that_were_not_read(words, tail):
+    cut = prompt_cut(Words(), " ".join(f"w{number}" for number in range(words)), 100)
+    assert (cut and cut.tail) == tail
+    assert cut is None or (cut.tokens, cut.limit) == (words + 5, 100)
+
+
+def test_a_session_without_a_tokenizer_or_with_a_strange_one():
+    assert prompt_cut(None, "word " * 600, 512) is None
+    assert prompt_cut(object(), "word " * 600, 512) is None
+
+
 def test_logs_of_old_workers_do_not_pile_up(tmp_path):
     logs_folder().mkdir(parents=True)
     for number in range(30):
@@ -396,7 +467,7 @@ def test_a_limit_of_vram_is_real(card, tmp_path):
     """The card has more, and the job may not take it."""
     with pytest.raises(KleinctlError, match="the card's memory ran out"):
         card.ask(generate(tmp_path, prompt="3.6 GiB, 1 products"), nothing)
-    made = card.ask(generate(tmp_path, prompt="3.1 GiB, 1 products"), nothing)
+    made = card.ask(generate(tmp_path, prompt="3.0 GiB, 1 products"), nothing)
     assert isinstance(made, Made) and made.peak_vram_bytes < 4.2 * GIB  # libraries that CUDA loads late come on top
 
 

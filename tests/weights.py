@@ -305,3 +305,189 @@ def _gguf_text(text: str) -> bytes:
 
 def _gguf_string(text: str) -> bytes:
     return struct.pack("<I", 8) + _gguf_text(text)
+
+
+def unet(
+    text_width: int, depths: tuple[int, ...] = (0, 2, 10), pooled: int | None = 2816
+) -> dict[str, tuple[int, ...]]:
+    """A UNet under LDM names: SDXL's has 1,680 tensors; of 1.5 `unet(768, (1, 1, 1, 0), None)` has 686."""
+    shapes = _layer("time_embed.0", 1280, 320) | _layer("time_embed.2", 1280, 1280)
+    if pooled:
+        shapes |= _layer("label_emb.0.0", 1280, pooled) | _layer("label_emb.0.2", 1280, 1280)
+    shapes |= _layer("input_blocks.0.0", 320, 4, 3, 3)
+    widths = [320 * times for times in (1, 2, 4, 4)[: len(depths)]]
+    skips, at, channels = [320], 1, 320
+    for level, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+        for _ in range(2):
+            shapes |= _unet_block(f"input_blocks.{at}", channels, width, depth, text_width)
+            skips, at, channels = [*skips, width], at + 1, width
+        if level < len(depths) - 1:
+            shapes |= _layer(f"input_blocks.{at}.0.op", width, width, 3, 3)
+            skips, at = [*skips, width], at + 1
+    middle = max(depths[-1], 1)
+    shapes |= _unet_block("middle_block", channels, channels, middle, text_width)
+    shapes |= {
+        name.replace("output_blocks.99.0", "middle_block.2"): shape
+        for name, shape in _unet_block("output_blocks.99", channels, channels, 0, 0).items()
+    }
+    at = 0
+    for level in reversed(range(len(depths))):
+        for n in range(3):
+            shapes |= _unet_block(
+                f"output_blocks.{at}", channels + skips.pop(), widths[level], depths[level], text_width
+            )
+            channels = widths[level]
+            if n == 2 and level:
+                shapes |= _layer(f"output_blocks.{at}.{2 if depths[level] else 1}.conv", channels, channels, 3, 3)
+            at += 1
+    return shapes | _layer("out.0", 320) | _layer("out.2", 4, 320, 3, 3)
+
+
+def _unet_block(at: str, cin: int, cout: int, depth: int, text_width: int) -> dict[str, tuple[int, ...]]:
+    shapes = _layer(f"{at}.0.in_layers.0", cin) | _layer(f"{at}.0.in_layers.2", cout, cin, 3, 3)
+    shapes |= _layer(f"{at}.0.emb_layers.1", cout, 1280)
+    shapes |= _layer(f"{at}.0.out_layers.0", cout) | _layer(f"{at}.0.out_layers.3", cout, cout, 3, 3)
+    shapes |= _layer(f"{at}.0.skip_connection", cout, cin, 1, 1) if cin != cout else {}
+    if not depth:
+        return shapes
+    shapes |= (
+        _layer(f"{at}.1.norm", cout) | _layer(f"{at}.1.proj_in", cout, cout) | _layer(f"{at}.1.proj_out", cout, cout)
+    )
+    for n in range(depth):
+        block = f"{at}.1.transformer_blocks.{n}"
+        for attention, inside in (("attn1", cout), ("attn2", text_width)):
+            shapes |= {
+                f"{block}.{attention}.to_q.weight": (cout, cout),
+                f"{block}.{attention}.to_k.weight": (cout, inside),
+            }
+            shapes |= {f"{block}.{attention}.to_v.weight": (cout, inside)} | _layer(
+                f"{block}.{attention}.to_out.0", cout, cout
+            )
+        shapes |= _layer(f"{block}.ff.net.0.proj", 8 * cout, cout) | _layer(f"{block}.ff.net.2", cout, 4 * cout)
+        for norm in ("norm1", "norm2", "norm3"):
+            shapes |= _layer(f"{block}.{norm}", cout)
+    return shapes
+
+
+def checkpoint(kind: str = "sdxl") -> dict[str, tuple[int, ...]]:
+    """A whole checkpoint, UNet, VAE and text encoders in one: 2,500 tensors of `sdxl`, 1,100 of `sd15`."""
+    shapes = unet(2048) if kind == "sdxl" else unet(768, (1, 1, 1, 0), None)
+    whole = {f"model.diffusion_model.{name}": shape for name, shape in shapes.items()}
+    whole |= {f"first_stage_model.{name}": shape for name, shape in vae(4, statistics=False).items()}
+    at = "conditioner.embedders.0.transformer" if kind == "sdxl" else "cond_stage_model.transformer"
+    whole |= {f"{at}.{name}": shape for name, shape in clip_whole(768, 12).items()}
+    if kind == "sdxl":
+        for n in range(32):
+            block = f"conditioner.embedders.1.model.transformer.resblocks.{n}"
+            whole |= {f"{block}.attn.in_proj_weight": (3840, 1280), f"{block}.attn.in_proj_bias": (3840,)}
+            whole |= _layer(f"{block}.attn.out_proj", 1280, 1280) | _layer(f"{block}.ln_1", 1280)
+            whole |= _layer(f"{block}.ln_2", 1280) | _layer(f"{block}.mlp.c_fc", 5120, 1280)
+            whole |= _layer(f"{block}.mlp.c_proj", 1280, 5120)
+    return whole
+
+
+def clip_whole(width: int, layers: int) -> dict[str, tuple[int, ...]]:
+    """A CLIP text model with all its tensors: 196 for CLIP-L."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "text_model.embeddings.token_embedding.weight": (49408, width),
+        "text_model.embeddings.position_embedding.weight": (77, width),
+    }
+    for n in range(layers):
+        at = f"text_model.encoder.layers.{n}"
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= _layer(f"{at}.self_attn.{name}", width, width)
+        shapes |= _layer(f"{at}.layer_norm1", width) | _layer(f"{at}.layer_norm2", width)
+        shapes |= _layer(f"{at}.mlp.fc1", 4 * width, width) | _layer(f"{at}.mlp.fc2", width, 4 * width)
+    return shapes | _layer("text_model.final_layer_norm", width)
+
+
+def scaled(shapes: Shapes, scale: tuple[int, ...] = (), end: str = "weight_scale") -> dict[str, tuple[int, ...]]:
+    """An fp8 file's tensors: beside each large matrix its scale, of that shape (`(0,)`: one for each row)."""
+    out: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        out[name] = shape
+        if len(shape) == 2 and name.endswith(".weight") and min(shape) > 1000:
+            out[name.removesuffix("weight") + end] = (shape[0], 1) if scale == (0,) else tuple(scale)
+    return out
+
+
+def esrgan() -> dict[str, tuple[int, ...]]:
+    """An ESRGAN upscaler, 23 blocks: 702 tensors."""
+    shapes = _layer("conv_first", 64, 3, 3, 3)
+    for n in range(23):
+        for dense in (1, 2, 3):
+            for m in range(1, 6):
+                shapes |= _layer(f"body.{n}.rdb{dense}.conv{m}", 64 if m == 5 else 32, 32 + 32 * m, 3, 3)
+    for name in ("conv_body", "conv_up1", "conv_up2", "conv_hr"):
+        shapes |= _layer(name, 64, 64, 3, 3)
+    return shapes | _layer("conv_last", 3, 64, 3, 3)
+
+
+#: A tokenizer of so many words and merges is in every GGUF file of a text encoder.
+GGUF_WORDS = 300_000
+
+
+def models_folder(root: Path) -> list[Path]:
+    """A ComfyUI `models` folder of 200 files as people have them, no two with the same header: what `doctor` walks."""
+    rank = 16
+    attention = {name: shape for name, shape in unet(2048).items() if ".attn" in name and len(shape) == 2}
+    klein, flux = matrices(flux2(**KLEIN_4B), "_blocks"), matrices(flux1(), "_blocks")
+    tags = json.dumps({f"picture {n}": {f"tag {m}": m for m in range(8)} for n in range(60)})
+    files = []
+    for n in range(30):
+        for kind, layers in (("sdxl", attention), ("klein", klein), ("flux", flux)):
+            path = root / "loras" / f"{kind}-{n}.safetensors"
+            shapes = lora(layers, rank + n, "peft" if n % 3 == 0 else "kohya")
+            files.append(write(path, shapes, "F16", {"ss_tag_frequency": tags, "ss_network_dim": str(rank + n)}))
+    for n in range(30):
+        path = root / "checkpoints" / f"mix-{n}.safetensors"
+        files.append(write(path, checkpoint("sd15" if n % 3 else "sdxl"), "F16", {"modelspec.title": f"mix {n}"}))
+    transformers = [
+        (flux2(**KLEIN_4B), "BF16"),
+        (flux2(**KLEIN_9B), "BF16"),
+        (scaled(flux2(**FLUX2_DEV)), "F8_E4M3"),
+        ({f"model.diffusion_model.{name}": shape for name, shape in flux1().items()}, "BF16"),
+        (flux2_diffusers(**KLEIN_4B), "BF16"),
+    ]
+    encoders = [
+        (qwen3(**QWEN3_4B), "BF16"),
+        (scaled(qwen3(**QWEN3_8B)), "F8_E4M3"),
+        (qwen3_vl(), "BF16"),
+        (t5(), "F16"),
+        (clip_whole(768, 12), "F16"),
+    ]
+    autoencoders = [vae(), vae(16, False), vae(4, False), vae(encoder=False, width=96), vae_diffusers()]
+    for n in range(25):
+        made = {"made": f"by {n}"}
+        shapes, dtype = transformers[n % 5]
+        files.append(
+            write(root / "diffusion_models" / f"model-{n}.safetensors", shapes, dtype, made, weight_scale="F32")
+        )
+        files.append(write(root / "vae" / f"vae-{n}.safetensors", autoencoders[n % 5], "F32", made))
+        if n < 20:
+            shapes, dtype = encoders[n % 5]
+            files.append(write(root / "text_encoders" / f"te-{n}.safetensors", shapes, dtype, made, weight_scale="F32"))
+    names = {f"blk.{n}.{end}.weight": shape for n in range(36) for end, shape in _GGUF_QWEN3_4B.items()}
+    for n in range(2):
+        path = root / "text_encoders" / f"Qwen3-4B-{n}.gguf"
+        files.append(write_gguf(path, {"token_embd.weight": (151936, 2560), **names}, "qwen3", 12, GGUF_WORDS + n))
+    for n in range(3):
+        files.append(write_gguf(root / "diffusion_models" / f"klein-{n}.gguf", flux2(**KLEIN_4B), "flux", 8))
+    for n in range(5):
+        files.append(write(root / "upscale_models" / f"4x-{n}.safetensors", esrgan(), "F32", {"n": str(n)}))
+    return files
+
+
+_GGUF_QWEN3_4B = {
+    "attn_norm": (2560,),
+    "attn_q": (4096, 2560),
+    "attn_k": (1024, 2560),
+    "attn_v": (1024, 2560),
+    "attn_q_norm": (128,),
+    "attn_k_norm": (128,),
+    "attn_output": (2560, 4096),
+    "ffn_norm": (2560,),
+    "ffn_gate": (9728, 2560),
+    "ffn_up": (9728, 2560),
+    "ffn_down": (2560, 9728),
+}

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from kleinctl.fingerprint import of_file
 from kleinctl.header import Header, read_safetensors
 from kleinctl.identify import identify
 from kleinctl.manifest import load
@@ -67,6 +68,7 @@ def parts(folder: Path, name: str) -> Iterator[str]:
         inside = path.relative_to(folder).as_posix()
         part_id, role = id_and_role(inside)
         family = identify(path).family if role in ("text-encoder", "vae") else ""
+        digest = of_file(path, role) if role in WEIGHTS.values() else None
         yield "\n".join(
             [
                 "",
@@ -76,6 +78,7 @@ def parts(folder: Path, name: str) -> Iterator[str]:
                 f'name = "{path.name}"',
                 f"size = {path.stat().st_size}",
                 f'sha256 = "{hash_file(path)}"',
+                *([f'fingerprint = "{digest}"'] if digest else []),
                 *([f'family = "{family}"'] if family else []),
                 f'to = {{ diffusers = "{inside}" }}',
                 f'sources = [{{ package = "{PACKAGE}", path = "{name}/{inside}" }}]',

@@ -7,6 +7,7 @@ weights file, each set of parts that would be loaded together) come as scenes, a
 from __future__ import annotations
 
 import inspect
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -63,18 +64,30 @@ def run_checks(
 ) -> list[Result]:
     """Ask every check about the facts, and about each scene that has what it wants."""
     rounds = [{**facts, **scene} for scene in ({}, *scenes)]
-    return [_within_time(each, facts, rounds) for each in checks]
+    found: list[Result] = []
+    while len(found) < len(checks):
+        found += _until_stuck(checks[len(found) :], facts, rounds)
+    return found
 
 
-def _within_time(each: Check, facts: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> Result:
-    """The check's result, or one that says it took too long: then it is left behind on its thread."""
-    results: list[Result] = []
-    thread = threading.Thread(target=lambda: results.append(_run(each, facts, rounds)), daemon=True)
-    thread.start()
-    thread.join(CHECK_SECONDS)
-    if results:
-        return results[0]
-    return Result(each.name, "skipped", f"It took longer than {CHECK_SECONDS:.0f} s.", CHECK_SECONDS)
+def _until_stuck(
+    checks: Sequence[Check], facts: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]
+) -> list[Result]:
+    """Results in order, up to a check that takes too long: that one is left behind on its thread."""
+    answers: queue.SimpleQueue[Result] = queue.SimpleQueue()
+
+    def ask() -> None:
+        for each in checks:
+            answers.put(_run(each, facts, rounds))
+
+    threading.Thread(target=ask, daemon=True).start()
+    found = []
+    for each in checks:
+        try:
+            found.append(answers.get(timeout=CHECK_SECONDS))
+        except queue.Empty:
+            return [*found, Result(each.name, "skipped", f"It took longer than {CHECK_SECONDS:.0f} s.", CHECK_SECONDS)]
+    return found
 
 
 def _run(each: Check, facts: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> Result:

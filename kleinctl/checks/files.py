@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from kleinctl.checks import check
 from kleinctl.facts.weights import FoundFile
-from kleinctl.identify import title
+from kleinctl.identify import TextEncoder, Transformer, Vae, title
 from kleinctl.manifest import Model
-from kleinctl.problem import Problem, Remedy
+from kleinctl.problem import Evidence, Problem, Remedy
 from kleinctl.units import bytes_text
 
+#: What can be there instead of a whole weights file: the problem's name, its words, and the catalogue's entry.
 BROKEN = {
-    "truncated": "cut short",
-    "lfs-pointer": "a Git LFS pointer, not the file it stands for",
-    "web-page": "a web page that was saved instead of the file",
-    "json": "a JSON document, most likely a hub's error message",
-    "zeros": "nothing but zeros: a download that was prepared and never filled",
-    "empty": "empty",
-    "pickle": "a pickle, which can run code when it is loaded and is never opened",
-    "unreadable": "not readable",
-    "other": "no weights file",
+    "truncated": ("weights-truncated", "cut short", "B02"),
+    "lfs-pointer": ("weights-lfs-pointer", "a Git LFS pointer, not the file it stands for", "B03"),
+    "web-page": ("weights-web-page", "a web page that was saved instead of the file", "B04"),
+    "json": ("weights-json", "a JSON document, most likely a hub's error message", "B04"),
+    "zeros": ("weights-zeros", "nothing but zeros: a download that was prepared and never filled", "B04"),
+    "empty": ("weights-empty", "empty", "B04"),
+    "pickle": ("weights-pickle", "a pickle, which can run code when it is loaded and is never opened", "B04"),
+    "unreadable": ("weights-unreadable", "not readable", None),
+    "other": ("weights-other", "no weights file", "B04"),
 }
+#: What a hub says of a repository whose licence wants to be accepted.
+GATED = ("access to model", "access to this resource", "cannot access gated", "restricted")
 REFS = {"qwen3-8b": "C01", "mistral-small": "C02", "t5-xxl": "C04", "qwen3-4b": "C05", "qwen3-vl": "C06"}
 ROLES = {"vae": "VAE", "text-encoder": "text encoder", "transformer": "transformer"}
+#: The models that a text encoder or VAE was made for.
+BELONGS = {
+    "qwen3-4b": "FLUX.2 [klein] 4B and Z-Image",
+    "qwen3-8b": "FLUX.2 [klein] 9B",
+    "mistral-small": "FLUX.2 [dev]",
+    "t5-xxl": "FLUX.1 and SD3",
+    "clip-l": "FLUX.1, SDXL and Stable Diffusion",
+    "clip-g": "SDXL and SD3",
+    "flux1-vae": "FLUX.1",
+    "sd-vae": "Stable Diffusion",
+    "wan-vae": "Wan and Qwen-Image",
+    "flux2-vae": "FLUX.2, every size",
+}
+#: Places whose files diffusers loads.
+DIFFUSERS = ("store", "hub-cache", "diffusers-folder")
+DIFFUSERS_FOLDERS = ("transformer", "text_encoder", "vae")
+KLEIN_REPO = "black-forest-labs/FLUX.2-klein-4B"
+QUANTISED = ("fp8", "fp8-e5m2", "int8", "nvfp4")
 
 
 @check("weights-readable")
@@ -30,16 +53,46 @@ def weights_readable(found_file: FoundFile) -> Problem | None:
     identity = found_file.identity
     if identity.kind not in BROKEN:
         return None
-    size = f" It has {bytes_text(identity.size_bytes)}"
-    size += f" of {bytes_text(found_file.size_bytes)}." if found_file.size_bytes else "."
+    name, words, ref = BROKEN[identity.kind]
+    too_long = "too long" in identity.saw
     return Problem(
-        f"{found_file.path.name} is {BROKEN[identity.kind]}",
-        f"{identity.saw[:1].upper()}{identity.saw[1:].rstrip('.')}.{size}",
-        found_file.fix,
-        name=f"weights-{identity.kind}",
+        f"{found_file.path.name} is {'longer than its header says' if too_long else words}",
+        " ".join((_sentence(identity.saw), _size(found_file), *_stands_for(found_file))),
+        _fix(found_file),
+        name=name,
+        severity="error" if _matters(found_file) else "warning",
         path=str(found_file.path),
-        remedy=_fetch(found_file),
+        ref="B01" if any(word in identity.saw.lower() for word in GATED) else ref,
+        evidence=(Evidence(str(found_file.path), identity.saw, _wanted(found_file)),),
+        remedy=None if identity.kind == "unreadable" else _fetch(found_file),
     )
+
+
+def _matters(found: FoundFile) -> bool:
+    """Whether klein needs the file: it lies in the place of a part, or is one, or what is left of it looks like one."""
+    klein = found.identity.family.startswith("flux2") or found.identity.family in ("qwen3-4b", "qwen3-8b")
+    return bool(found.part or found.role or found.content or klein)
+
+
+def _size(found: FoundFile) -> str:
+    there = bytes_text(found.identity.size_bytes)
+    return f"It has {there} of {bytes_text(found.size_bytes)}." if found.size_bytes else f"It has {there}."
+
+
+def _stands_for(found: FoundFile) -> Iterator[str]:
+    saw = found.identity.saw.lower()
+    if any(word in saw for word in GATED):
+        yield "The repository it came from wants its licence accepted, or is another one than klein's."
+    if found.identity.kind in ("lfs-pointer", "truncated") and found.content:
+        yield f"The file itself is {found.content}."
+
+
+def _fix(found: FoundFile) -> str:
+    if found.identity.kind == "unreadable":
+        return f'ls -l "{found.path}"   # then let this user read it, or mend the link'
+    if found.identity.kind == "lfs-pointer" and not found.fix:
+        return f'git -C "{found.path.parent}" lfs pull   # or fetch it from the hub again'
+    return found.fix or "fetch it again from where it came (the hub's /resolve/ address), then: kleinctl doctor"
 
 
 @check("wrong-vae")
@@ -51,13 +104,184 @@ def wrong_vae(found_file: FoundFile) -> Problem | None:
 @check("wrong-text-encoder")
 def wrong_text_encoder(found_file: FoundFile) -> Problem | None:
     """The text encoder is the one the transformer was trained with."""
-    return _wrong(found_file, "text-encoder")
+    name = "text-encoder-vl" if found_file.identity.family == "qwen3-vl" else ""
+    return _wrong(found_file, "text-encoder", name)
 
 
 @check("wrong-transformer")
 def wrong_transformer(found_file: FoundFile) -> Problem | None:
     """The transformer is the model's own."""
     return _wrong(found_file, "transformer")
+
+
+def _wrong(found: FoundFile, role: str, name: str = "") -> Problem | None:
+    if found.role != role or not _is_wrong(found):
+        return None
+    identity = found.identity
+    called = ROLES[role]
+    wanted = title(found.family) if identity.role == role else f"a {called}, {title(found.family)}".rstrip(", ")
+    belongs = f" It belongs to {BELONGS[identity.family]}." if identity.family in BELONGS else ""
+    return Problem(
+        f"{found.path.name} is not the {called} of {found.model or found.path.parent.parent.name}",
+        f"Wanted is {wanted}; this file shows {identity.saw.rstrip('.')}.{belongs}",
+        _fix(found),
+        name=name,
+        path=str(found.path),
+        remedy=_fetch(found),
+        ref=REFS.get(identity.family, "C09" if role == "vae" else "B16"),
+        evidence=(Evidence(str(found.path), identity.saw, wanted),),
+    )
+
+
+def _is_wrong(found: FoundFile) -> bool:
+    """Whether this is a file of another kind than its place wants."""
+    identity = found.identity
+    if identity.kind in BROKEN or identity.family == "unknown":
+        return False
+    if found.family:
+        return identity.family != found.family
+    return bool(found.role) and identity.role not in (found.role, "unknown")
+
+
+@check("vae-decoder-only")
+def vae_decoder_only(found_file: FoundFile) -> Problem | None:
+    """The file in a VAE's place can read pictures as well as make them."""
+    vae = found_file.identity.facts
+    decoder = isinstance(vae, Vae) and vae.family == "flux2-vae" and not vae.encoder and found_file.identity.whole
+    if not decoder or found_file.role != "vae":
+        return None
+    return Problem(
+        f"{found_file.path.name} is a decoder only, not a whole VAE",
+        f"Wanted is the FLUX.2 VAE with encoder and decoder; this file shows {found_file.identity.saw.rstrip('.')}. "
+        "Loading it as a VAE fails or, at best, pictures cannot be edited.",
+        _fix(found_file),
+        path=str(found_file.path),
+        ref="C11",
+        evidence=(Evidence(str(found_file.path), "no tensor named encoder.*", "encoder.* and decoder.*"),),
+        remedy=_fetch(found_file),
+    )
+
+
+@check("wrong-content")
+def wrong_content(found_file: FoundFile) -> Problem | None:
+    """A file whose sha256 is known is the very file its place wants, not merely one of its kind."""
+    found = found_file
+    other = not found.sha256 or not found.wanted_sha256 or found.sha256 in found.wanted_sha256
+    if other or _is_wrong(found) or _variant_differs(found) or found.identity.kind in BROKEN or _quantised(found):
+        return None
+    seen = f"This file is {found.content}" if found.content else f"This file shows {found.identity.saw.rstrip('.')}"
+    wanted = " or ".join(f"{sha[:12]}…" for sha in found.wanted_sha256)
+    return Problem(
+        f"{found.path.name} is not {found.model}/{found.part}",
+        f"Wanted is sha256 {wanted}; found is {found.sha256[:12] if found.sha256 else ''}…. {seen}.",
+        _fix(found),
+        path=str(found.path),
+        # A ComfyUI may well have another build of the same weights under a known name.
+        severity="error" if found.place == "store" else "warning",
+        ref="B16",
+        evidence=(Evidence(str(found.path), f"sha256 {found.sha256}", f"sha256 {wanted}"),),
+        remedy=_fetch(found),
+    )
+
+
+@check("wrong-variant")
+def wrong_variant(found_file: FoundFile) -> Problem | None:
+    """No base weights lie where distilled ones are wanted, nor the reverse."""
+    found = found_file
+    wanted = _wanted_variant(found)
+    if not _variant_differs(found):
+        return None
+    by = {
+        "sha256": "its sha256, so this is certain",
+        "size": f"its length of {found.identity.size_bytes:,} bytes, which no other part has",
+        "pointer": "the sha256 that the pointer names",
+    }[found.content_by]
+    named = f"the place of {found.model}/{found.part}" if found.wanted_variant else "its name"
+    advice = "without guidance in 4 steps" if wanted == "distilled" else "with guidance in 20 to 50 steps"
+    return Problem(
+        f"{found.path.name} is the {found.variant} variant, not the {wanted} one",
+        f"Wanted by {named} are {wanted} weights; this is {found.content}, known by {by}. "
+        f"Run {advice}, as {wanted} weights are, it draws badly.",
+        found.fix if found.part else f'rename "{found.path}" to what it is, and use it so',
+        path=str(found.path),
+        severity="error" if found.content_by == "sha256" else "warning",
+        ref="C18",
+        evidence=(Evidence(str(found.path), f"{found.content} by {found.content_by}", f"{wanted} weights"),),
+        remedy=_fetch(found),
+    )
+
+
+def _wanted_variant(found: FoundFile) -> str:
+    """The variant that a file's place asks for, or else its name."""
+    words = found.path.name.lower()
+    named = [variant for variant in ("base", "distilled") if variant in words]
+    return found.wanted_variant or (named[0] if len(named) == 1 else "")
+
+
+def _variant_differs(found: FoundFile) -> bool:
+    if found.content_by == "sha256" and found.sha256 in found.wanted_sha256:
+        return False
+    return bool(found.variant and _wanted_variant(found)) and found.variant != _wanted_variant(found)
+
+
+@check("fp8-in-diffusers")
+def fp8_in_diffusers(found_file: FoundFile) -> Problem | None:
+    """What diffusers is to load is in bf16 and in its own layout, not a file made for ComfyUI."""
+    if not found_file.identity.whole or _is_wrong(found_file):
+        return None
+    if _quantised(found_file):
+        return _for_comfyui(found_file)
+    return _single_file(found_file) if _in_diffusers(found_file) else None
+
+
+def _in_diffusers(found: FoundFile) -> bool:
+    return found.place in DIFFUSERS and found.folder in DIFFUSERS_FOLDERS
+
+
+def _quantised(found: FoundFile) -> bool:
+    """Whether a file in a folder of diffusers has weights that only ComfyUI reads."""
+    facts, dtype = found.identity.facts, found.identity.dtype or ""
+    scales = facts.scales if isinstance(facts, (Transformer, TextEncoder)) else None
+    gguf = found.identity.kind == "gguf"
+    return _in_diffusers(found) and (gguf or scales is not None or dtype in QUANTISED)
+
+
+def _for_comfyui(found: FoundFile) -> Problem:
+    identity = found.identity
+    how = f"{'GGUF, ' if identity.kind == 'gguf' else ''}{identity.dtype}"
+    return Problem(
+        f"{found.path.name} is quantised ({how}) and lies where diffusers looks",
+        f"Wanted is bf16; this file shows {identity.saw.rstrip('.')}, in {how} with scales that diffusers does not "
+        "read: noise, or an error about unexpected keys. ComfyUI reads it.",
+        found.fix or f'move "{found.path.name}" to ComfyUI/models/{_kind(found)}, and: kleinctl install',
+        name="fp8-in-diffusers",
+        path=str(found.path),
+        ref="C14",
+        evidence=(Evidence(str(found.path), f"{how}", "bf16, without scales"),),
+        remedy=_fetch(found),
+    )
+
+
+def _kind(found: FoundFile) -> str:
+    return {"text_encoder": "text_encoders", "vae": "vae"}.get(found.folder, "diffusion_models")
+
+
+def _single_file(found: FoundFile) -> Problem | None:
+    """A transformer under Black Forest Labs' own names: diffusers takes every FLUX.2 of that kind for [dev]."""
+    identity = found.identity
+    if identity.role != "transformer" or identity.layout != "single-file" or identity.family == "unknown":
+        return None
+    return Problem(
+        f"{found.path.name} has ComfyUI's layout and lies where diffusers looks",
+        f"Wanted are diffusers' names of tensors; this file shows {identity.saw.rstrip('.')}, under the names of "
+        "Black Forest Labs. diffusers takes every such file for FLUX.2 [dev].",
+        found.fix or f'from_single_file("{found.path.name}", config="{KLEIN_REPO}", subfolder="transformer")',
+        name="single-file-config",
+        path=str(found.path),
+        ref="C13",
+        evidence=(Evidence(str(found.path), "txt_in, double_blocks: single file", "context_embedder: diffusers"),),
+        remedy=_fetch(found),
+    )
 
 
 @check("hash-known")
@@ -71,32 +295,25 @@ def hash_known(model: Model) -> Problem | None:
         f"No sha256 is known of {', '.join(unknown)}; nobody can tell a damaged or exchanged file there.",
         f"kleinctl install --model {model.name} --allow-unverified",
         severity="warning",
+        evidence=(Evidence(f"the manifest of {model.name}", f"{len(unknown)} parts without sha256", "none"),),
     )
 
 
-def _wrong(found: FoundFile, role: str) -> Problem | None:
-    identity = found.identity
-    if (
-        found.role != role
-        or identity.kind in BROKEN
-        or identity.family in (found.family, "unknown")
-        or not found.family
-    ):
-        return None
-    wanted = f"{title(found.family)}" if identity.role == role else f"a {ROLES[role]}, {title(found.family)}"
-    return Problem(
-        f"{found.path.name} is not the {ROLES[role]} of {found.model}",
-        f"Wanted is {wanted}; this file shows {identity.saw.rstrip('.')}.",
-        found.fix,
-        path=str(found.path),
-        remedy=_fetch(found),
-        ref=REFS.get(identity.family, "C09" if role == "vae" else None),
-    )
+def _sentence(saw: str) -> str:
+    return f"{saw[:1].upper()}{saw[1:].rstrip('.')}."
+
+
+def _wanted(found: FoundFile) -> str:
+    return f"{found.model}/{found.part}, {bytes_text(found.size_bytes or 0)}" if found.part else "a whole weights file"
 
 
 def _fetch(found: FoundFile) -> Remedy | None:
-    """Put the right file in the place of this one, which goes to quarantine."""
-    if not found.part:
+    """Put the right file in the place of this one, which goes to quarantine; not in the hub's cache, all links."""
+    if found.place == "hub-cache":
         return None
-    arguments = {"model": found.model, "part": found.part, "path": str(found.path)}
+    part = f"{found.model}/{found.part}" if found.part else found.content if found.content_by == "pointer" else ""
+    if not part:
+        return None
+    model, _, name = part.partition("/")
+    arguments = {"model": model, "part": name, "path": str(found.path)}
     return Remedy("replace-file", arguments, "auto" if found.place == "store" else "ask")

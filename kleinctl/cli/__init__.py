@@ -15,14 +15,19 @@ from kleinctl.problem import BUG, INTERRUPTED, MISUSED, PROBLEMS, KleinctlError
 COMMANDS = {
     "up": "One line to a picture: doctor, choose, install, verify, run.",
     "doctor": "What is this machine, what is wrong, what would run and why.",
+    "undo": "Reverse what `doctor --fix` did.",
     "plan": "Predicted VRAM, RAM, disk and seconds for every backend.",
     "install": "Fetch and verify a model's files and build its environment.",
     "run": "Make pictures from a prompt.",
+    "explain": "One problem: symptom, cause, how it is found, fix, sources.",
+    "report": "One redacted file that lets support see what you see.",
+    "triage": "Diagnose machines from their reports.",
     "identify": "What a weights file really is, from its header.",
     "verify": "Check the sha256 of everything installed.",
     "models": "The models kleinctl knows, and what of them is here.",
     "plugins": "Who offers what; switch plugins off and on.",
     "uninstall": "Take away a model, or everything kleinctl made.",
+    "selftest": "Does kleinctl work where it is installed?",
     "completion": "Print the line that completes commands in your shell.",
 }
 

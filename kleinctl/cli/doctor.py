@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kleinctl.cli import options, output
-from kleinctl.problem import OK, PROBLEMS, KleinctlError, Problem
+from kleinctl.problem import OK, PROBLEMS, KleinctlError, Misuse, Problem
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
+    from kleinctl.facts import Facts
     from kleinctl.hardware import Hardware
+    from kleinctl.logs import Match
     from kleinctl.plugins import Plugins
     from kleinctl.survey import Survey
+
+#: Of more problems than this, warnings are told in one line each.
+AT_A_GLANCE = 4
 
 
 @click.command("doctor", short_help="What is this machine, what is wrong, what would run and why.")
 @options.together(options.model, options.backend, options.comfyui, options.vram_limit)
-@click.option("--log", type=click.Path(path_type=Path), metavar="FILE", help="Explain a log too; - is stdin.")
+@click.option("--folder", "folders", multiple=True, type=options.FOLDER, help="A folder of models to look at too.")
+@click.option("--workflow", type=options.FILE, metavar="FILE", help="Judge a ComfyUI workflow (JSON, or its PNG).")
+@click.option("--log", type=options.FILE, metavar="FILE", help="Explain a log or a pasted error too; - is stdin.")
+@click.option("--from", "report", type=options.FILE, metavar="FILE", help="Judge a report instead of this machine.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="What if: vram_free=6GiB, driver=550.")
+@click.option("--deep", is_flag=True, help="Hash every file, and import torch in a process of its own.")
+@click.option("--fix", is_flag=True, help="Fix what can be fixed; asks before changing what is yours.")
+@click.option("--dry-run", is_flag=True, help="With --fix: show commands, bytes and seconds, and change nothing.")
+@options.yes
+@click.option("--html", type=options.FILE, metavar="FILE", help="Write one page to read or print.")
 @click.option("--strict", is_flag=True, help="Exit with 1 for warnings too.")
 @click.option("--verbose", "-v", is_flag=True, help="Show every check.")
 @options.as_json
@@ -27,58 +44,150 @@ def command(
     backend: str | None,
     comfyui: Path | None,
     vram_limit: str | None,
+    folders: tuple[Path, ...],
+    workflow: Path | None,
     log: Path | None,
+    report: Path | None,
+    settings: tuple[str, ...],
+    deep: bool,
+    fix: bool,
+    dry_run: bool,
+    yes: bool,
+    html: Path | None,
     strict: bool,
     verbose: bool,
     as_json: bool,
 ) -> int:
     """What is this machine, what is wrong, which backend would run and why.
 
-    Reads headers and versions, loads nothing, and changes nothing.
+    Reads headers and versions, loads nothing, and changes nothing without --fix.
     """
-    from kleinctl.facts import gather
     from kleinctl.plugins import Plugins
-    from kleinctl.survey import survey
+    from kleinctl.survey import judge, survey
 
-    plugins, hardware = Plugins(), options.this_machine()
-    limit = options.limited(hardware, vram_limit)
-    facts = gather(plugins, hardware, folders=[comfyui] if comfyui else [])
-    found = survey(plugins, facts, model=model, backend=backend, plan_for=limit)
-    told = explained(log, plugins) if log is not None else []
-    if as_json:
-        document = found.to_json()
-        output.print_json(document if log is None else {**document, "log": {"problems": [p.to_json() for p in told]}})
-    else:
+    if fix and (report or settings):
+        raise Misuse(
+            Problem(
+                "--fix works on this machine only",
+                "With --from or --set, the facts are those of another machine or made up.",
+                "kleinctl doctor --fix   # on the machine in question",
+                name="usage",
+            )
+        )
+    plugins = Plugins()
+    places = [*([comfyui] if comfyui else []), *folders]
+
+    def look() -> Survey:
+        facts = _facts(plugins, report, settings, folders=places, workflow_file=workflow, deep=deep)
+        limit = options.limited(facts.hardware, vram_limit)
+        return (judge if report else survey)(plugins, facts, model=model, backend=backend, plan_for=limit)
+
+    found = look()
+    told = explained(log, plugins, found.facts) if log is not None else []
+    document = found.to_json()
+    if log is not None:
+        document["log"] = {"problems": [match.problem.to_json() for match in told]}
+    if html is not None:
+        _write_page(html, document)
+    problems = [*found.problems, *(match.problem for match in told)]
+    if not as_json:
         show(found, verbose=verbose)
         if log is not None:
-            output.console().print()
-            output.show_problems(told, output.console())
-            output.answer("" if told else "the log shows no failure that kleinctl knows")
-    problems = [*found.problems, *told]
+            show_log(told)
+    if fix:
+        document["fixes"], problems = _fixed(plugins, problems, look, yes=yes, dry_run=dry_run, as_json=as_json)
+    elif not as_json:
+        _point_at_fixes(problems, remote=report is not None)
+    if as_json:
+        output.print_json(document)
     errors = [problem for problem in problems if problem.severity == "error"]
     return PROBLEMS if errors or (strict and problems) else OK
 
 
-def explained(log: Path, plugins: Plugins) -> list[Problem]:
-    """What a log (`-`: stdin) shows, best match first, each with the line that proves it."""
-    import sys
-    from dataclasses import replace
+def _facts(plugins: Plugins, report: Path | None, settings: Sequence[str], **where: Any) -> Facts:
+    """The facts of this machine, or those in a report, as changed by `--set`."""
+    from kleinctl.facts import gather
 
-    from kleinctl.logs import MAX_CHARACTERS, PATTERNS, explain
+    if report is None:
+        facts = gather(plugins, options.this_machine(), **where)
+    else:
+        from kleinctl.report import bundle
+
+        facts = bundle.read(report).facts
+    if settings:
+        from kleinctl import whatif
+
+        facts = whatif.changed(facts, settings)
+    return facts
+
+
+def _fixed(
+    plugins: Plugins, problems: Sequence[Problem], look: Any, *, yes: bool, dry_run: bool, as_json: bool
+) -> tuple[dict[str, Any], list[Problem]]:
+    from kleinctl.cli import fix
+
+    def again() -> set[tuple[str, str | None]]:
+        return {(problem.name, problem.path) for problem in look().problems}
+
+    return fix.run(plugins, options.this_machine(), problems, again, yes=yes, dry_run=dry_run, as_json=as_json)
+
+
+def _write_page(path: Path, document: dict[str, Any]) -> None:
+    from kleinctl.report import page
+
+    try:
+        path.write_text(page.doctor(document), encoding="utf-8")
+    except OSError as error:
+        raise KleinctlError(
+            Problem(
+                f"{path} cannot be written",
+                f"{error.strerror}.",
+                "kleinctl doctor --html FILE   # in a folder of yours",
+                name="output-unwritable",
+                path=str(path),
+            )
+        ) from None
+    output.remark(f"the page is {path}")
+
+
+def explained(log: Path, plugins: Plugins, facts: Facts) -> list[Match]:
+    """What a log (`-`: stdin) shows, best match first."""
+    import sys
+
+    from kleinctl.log_patterns import PATTERNS
+    from kleinctl.logs import MAX_CHARACTERS, explain
 
     try:
         stream = sys.stdin.buffer if str(log) == "-" else log.open("rb")
         with stream:
             if stream.seekable():
                 stream.seek(max(0, stream.seek(0, 2) - 4 * MAX_CHARACTERS))
-            text = stream.read(4 * MAX_CHARACTERS).decode("utf-8", "replace")
+            text = stream.read(4 * MAX_CHARACTERS)
     except OSError as error:
         raise KleinctlError(
             Problem(f"{log} cannot be read", f"{error.strerror}.", "kleinctl doctor --log FILE", name="log-unreadable")
         ) from None
     theirs = [offer.thing for offer in plugins.offers("kleinctl_log_patterns")]
-    found = explain(text, (*theirs, *PATTERNS))
-    return [replace(each.problem, why=f"{each.problem.why} Line {each.number}: {each.line}") for each in found]
+    return explain(decoded(text), (*theirs, *PATTERNS), facts)
+
+
+def decoded(text: bytes) -> str:
+    """A log's text: UTF-8, or what PowerShell's `>` writes (UTF-16)."""
+    if text[:2] in (b"\xff\xfe", b"\xfe\xff") or text[1:200:2].count(0) > len(text[1:200:2]) // 2:
+        return text.decode("utf-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-16-le", "replace")
+    return text.decode("utf-8-sig", "replace")
+
+
+def show_log(told: Sequence[Match]) -> None:
+    """What a log shows, each problem with the line that proves it."""
+    target = output.console()
+    target.print()
+    for number, match in enumerate(told):
+        target.print(*([""] if number else []), end="" if not number else "\n")
+        output.show_problem(match.problem, target)
+        target.print(f"line {match.number}: {output.clean(match.line)}", style="dim", markup=False, soft_wrap=True)
+    if not told:
+        output.answer("the log shows no failure that kleinctl knows")
 
 
 def show(found: Survey, *, verbose: bool = False) -> None:
@@ -89,10 +198,23 @@ def show(found: Survey, *, verbose: bool = False) -> None:
     target.print()
     if verbose:
         show_checks(found)
-    output.show_problems(found.problems, target)
-    if found.problems:
+    whole = found.problems if verbose or len(found.problems) <= AT_A_GLANCE else found.errors
+    short = [problem for problem in found.problems if problem not in whole]
+    output.show_problems(whole, target)
+    if whole:
         target.print()
+    for problem in short:
+        output.show_problem_line(problem, target)
+    if short:
+        target.print("(kleinctl doctor -v tells more of these)\n", style="dim", highlight=False)
     show_choice(found)
+
+
+def _point_at_fixes(problems: Sequence[Problem], *, remote: bool) -> None:
+    """One line about what --fix could do."""
+    count = sum(problem.auto for problem in problems)
+    if count and not remote:
+        output.remark(f"\n{count} of {len(problems)} can be fixed by: kleinctl doctor --fix --dry-run")
 
 
 def machine_lines(hardware: Hardware) -> list[str]:
@@ -119,13 +241,14 @@ def machine_lines(hardware: Hardware) -> list[str]:
 
 def show_checks(found: Survey) -> None:
     """Every check in a line."""
-    rows = [(f"{result.status:8} {result.name}", result.why) for result in found.results]
-    output.show_rows(rows, width=28)
+    words = {"skipped": "could not check"}
+    rows = [(f"{words.get(result.status, result.status):15} {result.name}", result.why) for result in found.results]
+    output.show_rows(rows, width=46)
     output.console().print()
 
 
 def show_choice(found: Survey) -> None:
-    """What would run and why, and why each other would not."""
+    """What would run, how close that is to the limit, and why each other would not."""
     from rich.text import Text
 
     target = output.console()
@@ -135,6 +258,20 @@ def show_choice(found: Survey) -> None:
     else:
         target.print(Text("would run  ").append(f"{chosen.model} with {chosen.backend}", style="bold green"))
         output.show_rows([("", found.choice.why)], width=10)
+        for line in _limits(found):
+            target.print(line, soft_wrap=True)
     others = [each for each in found.candidates if each != chosen]
     named = [("not" if each.why_not else "or", each, each.why_not or "It runs too.") for each in others]
     output.show_rows([(head, f"{each.model} with {each.backend}: {why}") for head, each, why in named], width=10)
+
+
+def _limits(found: Survey) -> list[Text]:
+    """A bar each for VRAM and RAM: what the choice takes of what there is."""
+    assert found.choice is not None
+    fit, hardware = found.choice.candidate.fit, found.hardware
+    bars = []
+    if hardware.gpu is not None and fit.vram_bytes:
+        bars.append(output.bar("VRAM", fit.vram_bytes, hardware.gpu.vram_free_bytes))
+    if hardware.ram_available_bytes:
+        bars.append(output.bar("RAM", fit.ram_bytes, hardware.ram_available_bytes))
+    return bars

@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
 out = click.option("-o", "--output", "out", metavar="FILE", help="The PNG to write; a folder where there are several.")
 model = click.option("--model", metavar="NAME", help="The model; see `kleinctl models`.")
 backend = click.option("--backend", metavar="NAME", help="The backend; see `kleinctl plugins`.")
-size = click.option("--size", metavar="WxH", help="Width and height in pixels, multiples of 16.")
+size = click.option("--size", metavar="WxH", help="Width and height in pixels; the nearest multiples of 16.")
 steps = click.option("--steps", type=click.IntRange(1, 200), help="Denoising steps.")
 guidance = click.option("--guidance", type=click.FloatRange(0, 30), help="Guidance scale (base models).")
 vram_limit = click.option("--vram-limit", metavar="BYTES", help="Use no more VRAM than this, as in 12GiB.")

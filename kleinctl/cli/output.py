@@ -5,12 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import os
-import re
 import sys
 import time
 import traceback
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kleinctl.problem import Problem
@@ -18,6 +16,7 @@ from kleinctl.problem import Problem
 if TYPE_CHECKING:
     import click
     from rich.console import Console
+    from rich.text import Text
 
 
 def prepare_streams() -> None:
@@ -53,9 +52,9 @@ def print_json(document: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
-def answer(text: str) -> None:
+def answer(text: str, end: str = "\n") -> None:
     """A line that is the command's answer, unadorned, on stdout."""
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(text + end)
     sys.stdout.flush()
 
 
@@ -92,6 +91,38 @@ def show_problem(problem: Problem, target: Console | None = None) -> None:
         target.print(*(f"  {line}" for line in clean(problem.why).splitlines()), sep="\n", markup=False, soft_wrap=True)
     target.print()
     target.print(Text("hint: ", style="cyan").append(clean(problem.fix), style="default"), soft_wrap=True)
+
+
+def show_problem_line(problem: Problem, target: Console) -> None:
+    """A problem's first line alone."""
+    from rich.text import Text
+
+    colour = "red" if problem.severity == "error" else "yellow"
+    head = Text(f"{problem.severity}[{problem.name}]", style=colour).append(f": {clean(problem.what)}", style="default")
+    target.print(head, soft_wrap=True)
+
+
+def bar(name: str, used: int, limit: int, width: int = 24) -> Text:
+    """`VRAM ██████████████░░░░ 14.0 of 15.2 GiB free (92 %)`, in characters that this console has."""
+    from rich.text import Text
+
+    from kleinctl.units import gib
+
+    full, empty = ("█", "░") if can_show("█░") else ("#", ".")
+    share = used / limit if limit else 1.0
+    filled = min(width, round(share * width))
+    colour = "red" if share > 1 else "yellow" if share > 0.9 else "green"
+    text = Text(f"{'':10} {name:4} ").append(full * filled, style=colour).append(empty * (width - filled), style="dim")
+    return text.append(f" {gib(used)} of {gib(limit)} free ({share:.0%})", style="default")
+
+
+def can_show(characters: str) -> bool:
+    """Whether stdout's encoding has these characters: a Windows console's code page may not."""
+    try:
+        characters.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def show_rows(rows: Iterable[tuple[str, str]], *, width: int) -> None:
@@ -138,6 +169,7 @@ def misuse(error: click.ClickException) -> None:
 def our_bug(error: BaseException) -> None:
     """What escaped is our mistake: keep it in a file that can be pasted into an issue, and say where."""
     from kleinctl.home import logs_folder
+    from kleinctl.report.redact import brief as redact
 
     text = redact("".join(traceback.format_exception(error)))
     try:
@@ -153,13 +185,6 @@ def our_bug(error: BaseException) -> None:
         where, fix = "The details stand above.", "report it at https://github.com/kleinctl/kleinctl/issues"
     last = redact(f"{type(error).__name__}: {error}").splitlines()[0][:300]
     end_with_problem(Problem("kleinctl made a mistake", f"{last}. {where}", fix, name="bug"))
-
-
-def redact(text: str) -> str:
-    """`text` without this user's home path, tokens, and credentials in addresses."""
-    text = text.replace(str(Path.home()), "~")
-    text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "hf_***", text)
-    return re.sub(r"(https?://)[^/\s@]+@", r"\1***@", text)
 
 
 def discard_stdout() -> None:

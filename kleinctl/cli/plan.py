@@ -33,6 +33,7 @@ def command(
     as_json: bool,
 ) -> int:
     """Predicted VRAM, RAM, disk and seconds for every backend and size, here or on another machine."""
+    from kleinctl.cli.steps import nearest_size
     from kleinctl.plugins import Plugins
     from kleinctl.survey import best
 
@@ -40,7 +41,7 @@ def command(
     hardware = options.limited(elsewhere(gpu, ram) if gpu or ram else options.this_machine(), vram_limit)
     models = plugins.models_for(model)
     offers = plugins.backends_for(backend)
-    sizes = [options.parsed_size(size)] if size else [(side, side) for side in SIDES]
+    sizes = [nearest_size(size)[:2]] if size else [(side, side) for side in SIDES]
     rows = []
     for width, height in sizes:
         for each in best(offers, models, hardware, {"width": width, "height": height})[0]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kleinctl.cli import options, output
-from kleinctl.problem import OK
+from kleinctl.problem import OK, KleinctlError
 
 if TYPE_CHECKING:
     from kleinctl.backends import Job
@@ -69,7 +69,7 @@ def command(
         "seed": seed,
         "images": images or None,
     }
-    asked["width"], asked["height"] = options.parsed_size(size)
+    asked["width"], asked["height"], typed = show.nearest_size(size)
     if origin is not None:
         record = records.read_record(origin)
         old = records.job_from_record(record, images)
@@ -83,7 +83,11 @@ def command(
     changes = {name: value for name, value in asked.items() if value is not None}
     plugins = Plugins()
     hardware = options.limited(options.this_machine(), vram_limit)
-    way = options.way(plugins, hardware, model, backend, changes, installed=True)
+    try:
+        way = options.way(plugins, hardware, model, backend, changes, installed=True)
+    except KleinctlError as error:
+        show.show_misfit(error, plugins.models_for(model)[0], hardware, changes)
+        raise
     jobs = jobs_of(way.model, changes, count)
     outputs = generate.choose_outputs(jobs, out, many=count > 1)
     generate.check_jobs(jobs)
@@ -95,7 +99,7 @@ def command(
     place = road.executor(plugins, executor)
     where = road.place(way, hardware)
     environment = show.get_environment(way, where, hardware)
-    result = show.make_pictures(way, environment, where, hardware, jobs, outputs, place)
+    result = show.make_pictures(way, environment, where, hardware, jobs, outputs, place, typed)
     print_result(result, as_json=as_json)
     return OK
 

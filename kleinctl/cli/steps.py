@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from kleinctl.hardware import Hardware
     from kleinctl.install import InstallPlan
     from kleinctl.manifest import Model
+    from kleinctl.problem import KleinctlError, Problem
     from kleinctl.road import Place, Way
 
 #: Downloads beyond this many bytes are asked about, where somebody can answer.
@@ -140,11 +142,19 @@ def make_pictures(
     jobs: Sequence[Job],
     outputs: Sequence[Path],
     executor: Any,
+    asked: tuple[int, int] | None = None,
 ) -> Result:
-    """Run the jobs, with a bar for the stage and one for the pictures."""
+    """Run the jobs, with a bar for the stage and one for the pictures; what is odd is told before and after.
+
+    `asked` is the size that was typed, before it was rounded.
+    """
     from kleinctl import road
+    from kleinctl.checks.run import run_problems
+    from kleinctl.facts.run import finished_run
     from kleinctl.generate import Finished
 
+    before = job_problems(way, hardware, jobs[0], asked, environment)
+    output.show_problems(before)
     device = hardware.gpu.name if where.cuda and hardware.gpu else "the CPU"
     output.heading(f"{way.model.name} with {way.backend.name} on {device}")
     if way.model.note:
@@ -163,6 +173,46 @@ def make_pictures(
                 bars.show("stage", event.stage, event.done, event.total)
 
         result = road.pictures(way, environment, where, hardware, jobs, outputs, show, executor)
-    for warning in result.warnings:
-        output.remark(f"warning: {warning}")
-    return result
+    for remark in result.remarks:
+        output.remark(f"warning: {remark}")
+    after = run_problems(finished_run(result, way.candidate.fit, where.device), hardware)
+    output.show_problems(after)
+    return replace(result, problems=(*before, *after))
+
+
+def job_problems(
+    way: Way,
+    hardware: Hardware,
+    job: Job,
+    asked: tuple[int, int] | None = None,
+    environment: Environment | None = None,
+) -> list[Problem]:
+    """What is odd about `job`, of which `asked` is the size as it was typed."""
+    from kleinctl.checks.job import job_problems as problems
+    from kleinctl.facts.run import job_facts
+
+    return problems(job_facts(job, asked), job, way.model, hardware, way.candidate.fit, environment)
+
+
+def show_misfit(error: KleinctlError, model: Model, hardware: Hardware, changes: Mapping[str, Any]) -> None:
+    """Where a job does not fit, what of it is impossible here whatever the backend."""
+    from kleinctl.checks.job import job_problems as problems
+    from kleinctl.facts.run import job_facts
+    from kleinctl.planner import default_job
+
+    if error.problem.name == "does-not-fit":
+        job = default_job(model, **changes)
+        output.show_problems(
+            each for each in problems(job_facts(job), job, model, hardware) if each.severity == "error"
+        )
+
+
+def nearest_size(text: str | None) -> tuple[int | None, int | None, tuple[int, int] | None]:
+    """`--size` as width and height that can be drawn, and as it was typed; or nothing."""
+    from kleinctl.cli import options
+    from kleinctl.facts.run import asked_size
+    from kleinctl.facts.run import nearest_size as nearest
+
+    if not text:
+        return None, None, None
+    return *options.parsed_size(nearest(text)), asked_size(text)

@@ -45,7 +45,7 @@ def command(models: tuple[str, ...], environments: bool, everything: bool, yes: 
     for name in gone:
         environment.remove(name)
     if everything:  # settings and manifests of the user's own stay
-        for name in ("downloads", "quarantine", "logs"):
+        for name in ("downloads", "quarantine", "logs", "journal"):
             shutil.rmtree(home() / name, ignore_errors=True)
         for name in ("verified.json", "licences.json", "install.lock", "disabled-plugins.txt"):
             (home() / name).unlink(missing_ok=True)

@@ -49,7 +49,7 @@ def command(
     from kleinctl.survey import survey
 
     road.check_prompt(prompt)
-    width, height = options.parsed_size(size)
+    width, height, typed = steps.nearest_size(size)
     asked = {"prompt": prompt, "width": width, "height": height, "seed": seed}
     changes = {name: value for name, value in asked.items() if value is not None}
     changes.setdefault("seed", secrets.randbelow(2**32))
@@ -72,7 +72,7 @@ def command(
     steps.get_files(plan)
     environment = steps.get_environment(way, where, hardware)
     now = options.limited(options.this_machine(), vram_limit)  # what is free may have changed since
-    result = steps.make_pictures(way, environment, where, now, jobs, outputs, road.executor(plugins, None))
+    result = steps.make_pictures(way, environment, where, now, jobs, outputs, road.executor(plugins, None), typed)
     print_result(result, as_json=as_json)
     return OK
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from kleinctl.facts.comfyui import ComfyUI
 from kleinctl.facts.hub_cache import HubCache
 from kleinctl.facts.probe import Probe
 from kleinctl.facts.system import System
-from kleinctl.facts.weights import FoundFile
+from kleinctl.facts.weights import DiffusersFolder, FoundFile
 from kleinctl.facts.workflow import Workflow
 from kleinctl.hardware import Hardware
 
@@ -34,6 +35,7 @@ class Facts:
     environments: tuple[Environment, ...] = ()
     files: tuple[FoundFile, ...] = ()
     comfyuis: tuple[ComfyUI, ...] = ()
+    diffusers_folders: tuple[DiffusersFolder, ...] = ()
     hub_cache: HubCache | None = None
     workflow: Workflow | None = None
     probes: tuple[Probe, ...] = ()
@@ -42,15 +44,18 @@ class Facts:
 
     def once(self) -> dict[str, Any]:
         """The facts that exist once, by the names that checks ask for them with."""
-        return {"hardware": self.hardware, "system": self.system, "hub_cache": self.hub_cache}
+        return {name: getattr(self, name) for name in ("hardware", "system", "hub_cache", "files")}
 
     def scenes(self) -> Iterator[Mapping[str, Any]]:
         """The facts that come several times, each with what belongs to it. A check runs for each scene it can read."""
         yield from ({"environment": each} for each in self.environments)
         yield from ({"found_file": each} for each in self.files)
         yield from ({"probe": each} for each in self.probes)
+        yield from ({"diffusers_folder": each} for each in self.diffusers_folders)
         for each in self.comfyuis:
-            yield {"comfyui": each, "comfyui_files": tuple(file for file in self.files if file.place == each.name)}
+            own = tuple(file for file in self.files if file.place == each.name)
+            python = next((found for found in self.environments if found.name == each.environment), None)
+            yield {"comfyui": each, "comfyui_files": own, "comfyui_environment": python}
         if self.workflow is not None:
             checkout = self.comfyuis[0] if self.comfyuis else None
             yield {"workflow": self.workflow, "workflow_comfyui": checkout, "workflow_files": self.files}
@@ -88,10 +93,12 @@ def gather(
     folders: Sequence[Path] = (),
     workflow_file: Path | None = None,
     deep: bool = False,
+    progress: weights.Progress | None = None,
 ) -> Facts:
     """Everything about this machine. `folders` are ComfyUI's or diffusers' that the user named.
 
-    With `deep`, torch is imported in a process of its own in each environment that has it.
+    With `deep`, files are hashed (`progress` hears of each), and torch is imported in a process of its own in each
+    environment that has it.
     """
     seconds: dict[str, float] = {}
 
@@ -101,18 +108,39 @@ def gather(
         seconds[family] = round(time.perf_counter() - start, 4)
         return answer
 
-    found = {folder: comfyui.read(folder) for folder in folders}
-    comfyuis = tuple(each for each in found.values() if each is not None)
+    read = workflow.read(workflow_file) if workflow_file else None
+    found = {folder: timed(f"ComfyUI {number}", partial(comfyui.read, folder)) for number, folder in enumerate(folders)}
+    comfyuis = _named_apart(each for each in found.values() if each is not None)
+    if read is not None:
+        comfyuis = tuple(comfyui.provided(each, (node.type for node in read.nodes)) for each in comfyuis)
     others = [folder for folder, each in found.items() if each is None]
     known = timed("environments", environment.known)
+    theirs = tuple(each for one in comfyuis for each in comfyui.environments(one))
+    files = timed("files", lambda: weights.gather(plugins, comfyuis, others, deep=deep, progress=progress))
+    gpu = hardware.gpu.cuda_id if hardware.gpu else None
+    asked = [each for each in (*known, *theirs) if "torch" in each.packages] if deep else []
     return Facts(
         hardware=hardware,
         system=timed("system", system.gather),
-        environments=known,
-        files=timed("files", lambda: weights.gather(plugins, comfyuis, others)),
+        environments=(*known, *theirs),
+        files=files,
         comfyuis=comfyuis,
+        diffusers_folders=weights.diffusers_folders(others, files),
         hub_cache=timed("hub_cache", lambda: hub_cache.gather(plugins)),
-        workflow=workflow.read(workflow_file) if workflow_file else None,
-        probes=tuple(probe.probe(each) for each in known if "torch" in each.packages) if deep else (),
+        workflow=read,
+        probes=tuple(timed(f"torch of {each.name}", partial(probe.probe, each, gpu)) for each in asked),
         seconds=seconds,
     )
+
+
+def _named_apart(comfyuis: Iterable[ComfyUI]) -> tuple[ComfyUI, ...]:
+    """Each with a name of its own: a second "ComfyUI" is "ComfyUI (2)"."""
+    named: dict[str, ComfyUI] = {}
+    for each in comfyuis:
+        name, number = each.name, 1
+        while name in named:
+            number += 1
+            name = f"{each.name} ({number})"
+        environment = name if each.environment == each.name else each.environment
+        named[name] = replace(each, name=name, environment=environment)
+    return tuple(named.values())

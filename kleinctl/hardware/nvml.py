@@ -16,6 +16,12 @@ from kleinctl.hardware.facts import Gpu, GpuProcess, Mig, MigInstance, NvmlState
 # Return codes: nvmlReturn_t, https://docs.nvidia.com/deploy/nvml-api/group__nvmlDeviceEnumvs.html
 _STATUS: dict[int, NvmlStatus] = {4: "no-permission", 9: "no-driver", 12: "absent", 18: "driver-library-mismatch"}
 _LOST = (15, 16)  # the card has fallen off the bus, or wants a restart
+# Why clocks are lower than they could be: nvmlClocksEventReasons, in bits. An idle card is not held back.
+# https://docs.nvidia.com/deploy/nvml-api/group__nvmlClocksEventReasons.html
+_IDLE = 0x1
+_THROTTLED = {"power": 0x4, "heat": 0x20 | 0x40, "hardware": 0x8 | 0x80}
+#: nvmlTemperatureSensors_t: the card's own.
+_ON_DIE = 0
 #: Not a code of NVML's: nvidia-ml-py is missing, or could not read the answer.
 UNREADABLE = -1
 
@@ -64,7 +70,7 @@ class LiveNvml:
             import pynvml
 
             of_card = function.startswith("nvmlDevice") and function != "nvmlDeviceGetCount"
-            given = [self._handle(str(arguments[0]))] if of_card else arguments
+            given = [self._handle(str(arguments[0])), *arguments[1:]] if of_card else arguments
             return _plain(getattr(pynvml, function)(*given))
         except ImportError as error:
             raise NvmlFault(UNREADABLE, f"nvidia-ml-py cannot be imported: {error}") from error
@@ -191,7 +197,23 @@ def _gpu(nvml: Nvml, number: int, visible: str | None) -> Gpu:
         processes=_processes(nvml, number),
         hidden=not any(_visible(visible, name) for name in names),
         uuid=uuid,
+        power_limit_watts=_watts(nvml, "nvmlDeviceGetEnforcedPowerLimit", number),
+        power_default_watts=_watts(nvml, "nvmlDeviceGetPowerManagementDefaultLimit", number),
+        throttled=_throttled(nvml, number),
+        temperature_celsius=_maybe(nvml, "nvmlDeviceGetTemperature", number, _ON_DIE),
     )
+
+
+def _watts(nvml: Nvml, function: str, number: int) -> int | None:
+    """NVML's milliwatts in watts."""
+    limit = _maybe(nvml, function, number)
+    return limit and round(limit / 1000)
+
+
+def _throttled(nvml: Nvml, number: int) -> tuple[str, ...]:
+    """Why the card runs slower than it could. The function's old name is known to old and new drivers."""
+    bits = _maybe(nvml, "nvmlDeviceGetCurrentClocksThrottleReasons", number) or 0
+    return () if bits & _IDLE else tuple(reason for reason, mask in _THROTTLED.items() if bits & mask)
 
 
 def _memory(nvml: Nvml, card: int | str) -> tuple[int, int]:

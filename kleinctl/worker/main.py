@@ -24,8 +24,9 @@ from kleinctl.backends import Budget, InstalledModel, Job
 from kleinctl.pngtext import plain_text, utf8_text, with_chunks
 from kleinctl.problem import KleinctlError, Problem
 from kleinctl.worker import die_with_parent, protocol
-from kleinctl.worker.device import Device, open_device, peak_rss_bytes
-from kleinctl.worker.protocol import Close, Failed, Generate, Hello, Load, Loaded, Made, Message, Progress
+from kleinctl.worker.device import Device, open_device, peak_rss_bytes, rss_bytes
+from kleinctl.worker.looks import pixels_of, prompt_cut
+from kleinctl.worker.protocol import Close, Failed, Generate, Hello, Load, Loaded, Made, Message, Progress, StageUse
 
 #: Packages whose versions go into a picture's record.
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "pillow")
@@ -80,13 +81,20 @@ class Stopwatch:
     """The `progress` that a backend calls: passes it on, and adds up the seconds of each stage.
 
     What is done before the first call counts for the first stage. `synchronize` waits for the GPU, so that a stage is
-    charged with the work it queued.
+    charged with the work it queued; `measure` then says what the stage took of the card.
     """
 
-    def __init__(self, send: Callable[[Progress], None], synchronize: Callable[[], None], stage: str = "") -> None:
-        self._send, self._synchronize = send, synchronize
+    def __init__(
+        self,
+        send: Callable[[Progress], None],
+        synchronize: Callable[[], None],
+        stage: str = "",
+        measure: Callable[[], StageUse] = StageUse,
+    ) -> None:
+        self._send, self._synchronize, self._measure = send, synchronize, measure
         self.stage = stage
         self.seconds: dict[str, float] = {}
+        self.uses: dict[str, StageUse] = {}
         self._since = time.perf_counter()
         self._sent = 0.0
 
@@ -106,8 +114,21 @@ class Stopwatch:
         self._synchronize()
         now = time.perf_counter()
         self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + now - self._since
+        self.uses[self.stage] = _most(self.uses.get(self.stage), self._measure())
         self._since = now
         return self.seconds
+
+
+def _most(one: StageUse | None, other: StageUse) -> StageUse:
+    """The larger figures of two parts of a stage."""
+    if one is None:
+        return other
+    return StageUse(
+        vram_peak_bytes=max(one.vram_peak_bytes, other.vram_peak_bytes),
+        vram_rise_bytes=max(one.vram_rise_bytes, other.vram_rise_bytes),
+        card_used_bytes=max(one.card_used_bytes, other.card_used_bytes),
+        gpu_percent=other.gpu_percent if one.gpu_percent is None else max(one.gpu_percent, other.gpu_percent or 0),
+    )
 
 
 class Worker:
@@ -119,6 +140,7 @@ class Worker:
         self._device = Device(Budget(0, 0, "cpu"))
         self._session: Any = None
         self._loaded: Loaded | None = None
+        self._max_tokens = 0
 
     def answer(self, request: Message | None) -> Message:
         """The reply to one request; whatever goes wrong becomes a `Failed`, its traceback goes to the log."""
@@ -137,7 +159,9 @@ class Worker:
 
     def load(self, request: Load) -> Loaded:
         """Import the plugin and load the model."""
-        self._watch = Stopwatch(self._line.send, lambda: self._device.synchronize(), "load")
+        self._watch = Stopwatch(
+            self._line.send, lambda: self._device.synchronize(), "load", lambda: self._device.measure()
+        )
         backend = _backend(request.plugin, request.backend)
         self._device = open_device(request.budget)
         session = backend.load(InstalledModel(request.model, request.folder), self._device.budget)
@@ -149,14 +173,17 @@ class Worker:
             versions=versions(),
             seconds=self._watch.stop(),
             warnings=self._new_warnings(),
+            stages=self._watch.uses,
+            card_bytes=self._device.total_bytes,
         )
+        self._max_tokens = request.model.defaults.max_prompt_tokens
         return self._loaded
 
     def generate(self, request: Generate) -> Made:
         """Make one picture and write it, whole or not at all."""
         if self._loaded is None:
             raise ValueError("the worker was asked for a picture before a model was loaded")
-        self._watch = Stopwatch(self._line.send, self._device.synchronize)
+        self._watch = Stopwatch(self._line.send, self._device.synchronize, measure=self._device.measure)
         for path in request.job.images:
             _decode_reference(path)
         image = self._session.generate(request.job, self._watch).convert("RGB")
@@ -183,6 +210,11 @@ class Worker:
             peak_vram_source=source,
             peak_rss_bytes=peak_rss_bytes(),
             warnings=warnings,
+            stages=self._watch.uses,
+            rss_bytes=rss_bytes(),
+            pixels=pixels_of(image),
+            prompt_cut=prompt_cut(getattr(self._session, "tokenizer", None), request.job.prompt, self._max_tokens),
+            tiling=getattr(self._session, "tiling", None),
         )
 
     def close(self) -> None:
@@ -236,8 +268,6 @@ def _remarks(image: Any, job: Job) -> list[str]:
     remarks = []
     if image.size != (job.width, job.height):
         remarks.append(f"the picture is {image.width}x{image.height}; {job.width}x{job.height} was asked for")
-    if all(low == high for low, high in image.getextrema()):
-        remarks.append("the picture is one single colour, as when the model computes with broken numbers (NaN)")
     return remarks
 
 

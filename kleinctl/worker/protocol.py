@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -18,7 +18,7 @@ from kleinctl.backends import Budget, Job
 from kleinctl.manifest import Model
 from kleinctl.problem import Problem
 
-PROTOCOL = "kleinctl.worker/1"
+PROTOCOL = "kleinctl.worker/2"
 #: Longest line in bytes: prompts and records are far below.
 MAX_LINE_BYTES = 8 * 2**20
 
@@ -54,8 +54,56 @@ class Load:
 
 
 @dataclass(frozen=True)
+class StageUse:
+    """What one stage took of the card. Bytes; zero without a card.
+
+    `vram_peak_bytes` is the most that the process held, `vram_rise_bytes` the most that tensors took beyond what was
+    there when the stage began, `card_used_bytes` what every process together held at its end. `gpu_percent` is how
+    busy the card then was, as the driver says; None where it does not.
+    """
+
+    vram_peak_bytes: int = 0
+    vram_rise_bytes: int = 0
+    card_used_bytes: int = 0
+    gpu_percent: int | None = None
+
+
+@dataclass(frozen=True)
+class Channel:
+    """One colour of a picture, 0 to 255: its mean, standard deviation, and the values at 1 % and 99 % of its pixels."""
+
+    mean: float
+    deviation: float
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What a picture's pixels say: red, green and blue, and the share of pixels that are black. Empty: not known."""
+
+    channels: tuple[Channel, ...] = ()
+    black_share: float = 0.0
+
+
+NO_USE, NO_PIXELS = StageUse(), Pixels()
+
+
+@dataclass(frozen=True)
+class PromptCut:
+    """A prompt of `tokens` tokens, of which the model read `limit`; `tail` are the words that it did not."""
+
+    tokens: int
+    limit: int
+    tail: str
+
+
+@dataclass(frozen=True)
 class Loaded:
-    """A model is loaded. `device` is the card's name or `cpu`; `versions` of Python and the packages that matter."""
+    """A model is loaded. `device` is the card's name or `cpu`; `versions` of Python and the packages that matter.
+
+    `card_bytes` is all of the card's VRAM, zero without a card.
+    """
 
     strategy: str
     dtype: str
@@ -63,6 +111,8 @@ class Loaded:
     versions: dict[str, str]
     seconds: dict[str, float]
     warnings: tuple[str, ...]
+    stages: dict[str, StageUse] = field(default_factory=dict)
+    card_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,9 +130,10 @@ class Generate:
 
 @dataclass(frozen=True)
 class Made:
-    """A picture is written. Seconds are by stage; peaks are the worker's, from its start until now.
+    """A picture is written. Seconds and `stages` are by stage; peaks are the worker's, from its start until now.
 
-    `sha256` is of the file, `pixels_sha256` of its rows of RGB bytes.
+    `sha256` is of the file, `pixels_sha256` of its rows of RGB bytes. `rss_bytes` is the memory of its own that the
+    worker holds now. `tiling` is the side and the overlap of the decoder's tiles in pixels, where it had tiles.
     """
 
     sha256: str
@@ -93,6 +144,11 @@ class Made:
     peak_vram_source: str
     peak_rss_bytes: int
     warnings: tuple[str, ...]
+    stages: dict[str, StageUse] = field(default_factory=dict)
+    rss_bytes: int = 0
+    pixels: Pixels = NO_PIXELS
+    prompt_cut: PromptCut | None = None
+    tiling: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +199,7 @@ def decode(line: bytes) -> Message | None:
 def pack(thing: Any) -> Any:
     """Dataclasses, mappings, sequences and paths as JSON has them."""
     if is_dataclass(thing):
-        return {field.name: pack(getattr(thing, field.name)) for field in fields(thing)}
+        return {each.name: pack(getattr(thing, each.name)) for each in fields(thing)}
     if isinstance(thing, Mapping):
         return {key: pack(value) for key, value in thing.items()}
     if isinstance(thing, (list, tuple)):
