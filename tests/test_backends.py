@@ -139,14 +139,10 @@ def test_random_prompts_have_their_colours_in_the_middle_and_at_the_rim(sessions
     assert found == expected
 
 
-def test_a_prompt_longer_than_the_model_reads_is_told_and_not_cut_silently(sessions):
-    job = Job("a very " * 300 + "red circle", 64, 64, seed=1, steps=1, guidance=1.0)
+def test_the_tokenizer_is_shown_so_that_the_unread_end_of_a_prompt_can_be_told(sessions):
     for name in ("offload", "resident"):
-        draw(sessions[name], job)
-        [warning] = sessions[name].warnings
-        assert warning.endswith("the model reads 512, so its end has no effect")
-        assert draw(sessions[name], CIRCLE)
-        assert sessions[name].warnings == []
+        ids = sessions[name].tokenizer("a red circle")["input_ids"]
+        assert sessions[name].tokenizer.decode(ids) == "a red circle"
 
 
 def test_a_reference_that_cannot_be_decoded_is_named(sessions, tmp_path):

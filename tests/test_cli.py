@@ -79,7 +79,7 @@ def test_a_misspelled_command_gets_the_nearest_one_and_exit_code_2(kleinctl):
         (("plan", "--gpu", "RTX 4070 Ti SUPPER"), "RTX 4070 Ti SUPER"),
         (("plan", "--model", "klein-4"), "Did you mean klein-4b?"),
         (("plan", "--backend", "diffuser"), "Did you mean diffusers?"),
-        (("plan", "--size", "1000x1000"), "--size 992x992"),
+        (("plan", "--size", "wide"), "is no picture size"),
         (("doctor", "--vram-limit", "lots"), "is no amount of memory"),
         (("doctor", "--colour"), "No such option"),
         (("run", "a cat", "--steps", "0"), "--steps"),

@@ -30,6 +30,7 @@ NEEDED = (
     "kleinctl_manifests/klein-tiny/transformer/diffusion_pytorch_model.safetensors",
     "kleinctl_plugins/staged_decode.py",
 )
+PLACES = {"kleinctl_plugins": "plugins", "kleinctl_manifests": "manifests", "kleinctl_problems": "docs/problems"}
 SHIPPED_WEIGHTS = 12_000_000
 
 
@@ -61,10 +62,16 @@ def test_the_wheel_has_everything_and_stays_small(built):
     assert 0 < sum(weights) < SHIPPED_WEIGHTS
 
 
+def _in_the_source(name: str) -> str:
+    for package, folder in PLACES.items():
+        name = name.replace(package, folder)
+    return name
+
+
 def test_the_sdist_has_what_the_wheel_is_made_of(built):
     with tarfile.open(built["sdist"]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    own = [name.replace("kleinctl_plugins", "plugins").replace("kleinctl_manifests", "manifests") for name in NEEDED]
+    own = [_in_the_source(name) for name in NEEDED]
     assert [name for name in own if name not in names] == []
     assert "LICENSE" in names
 
