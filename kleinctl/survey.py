@@ -110,8 +110,9 @@ def judge(
 
 
 def _once(problems: Iterable[Problem]) -> Iterable[Problem]:
-    """Each problem once: what a folder shows, a workflow in it may show again."""
-    return {(each.name, each.path, each.what): each for each in problems}.values()
+    """Each problem once, errors first: what a folder shows, a workflow in it may show again."""
+    found = {(each.name, each.path, each.what): each for each in problems}.values()
+    return sorted(found, key=lambda each: each.severity != "error")
 
 
 def best(

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from kleinctl.plugins import Plugins
     from kleinctl.survey import Survey
 
-#: Of more problems than this, warnings are told in one line each.
-AT_A_GLANCE = 4
-
 
 @click.command("doctor", short_help="What is this machine, what is wrong, what would run and why.")
 @options.together(options.model, options.backend, options.comfyui, options.vram_limit)
@@ -193,20 +190,11 @@ def show_log(told: Sequence[Match]) -> None:
 def show(found: Survey, *, verbose: bool = False) -> None:
     """The survey as one screen: the machine, the problems, what would run."""
     target = output.console()
-    for line in machine_lines(found.hardware):
-        target.print(line, markup=False, soft_wrap=True)
+    output.show_rows(machine_rows(found.hardware), width=7)
     target.print()
     if verbose:
         show_checks(found)
-    whole = found.problems if verbose or len(found.problems) <= AT_A_GLANCE else found.errors
-    short = [problem for problem in found.problems if problem not in whole]
-    output.show_problems(whole, target)
-    if whole:
-        target.print()
-    for problem in short:
-        output.show_problem_line(problem, target)
-    if short:
-        target.print("(kleinctl doctor -v tells more of these)\n", style="dim", highlight=False)
+    output.show_at_a_glance(found.problems, target, verbose=verbose)
     show_choice(found)
 
 
@@ -217,8 +205,8 @@ def _point_at_fixes(problems: Sequence[Problem], *, remote: bool) -> None:
         output.remark(f"\n{count} of {len(problems)} can be fixed by: kleinctl doctor --fix --dry-run")
 
 
-def machine_lines(hardware: Hardware) -> list[str]:
-    """The machine in three lines: cards, memory and disk, system."""
+def machine_rows(hardware: Hardware) -> list[tuple[str, str]]:
+    """The machine in three lines, each with its head: cards, memory and disk, system."""
     from kleinctl.units import bytes_text, gib
 
     cards = [
@@ -232,10 +220,10 @@ def machine_lines(hardware: Hardware) -> list[str]:
     python = f", Python {hardware.python.version}" if hardware.python else ""
     where = f" in WSL {hardware.wsl}" if hardware.wsl else f" in {hardware.container}" if hardware.container else ""
     return [
-        f"card    {cards[0]}",
-        *(f"        {card}" for card in cards[1:]),
-        f"memory  {', '.join(filter(None, (ram, disk)))}",
-        f"system  {hardware.os}{where}, {hardware.cpu_count} cores{python}{build}",
+        ("card", cards[0]),
+        *(("", card) for card in cards[1:]),
+        ("memory", ", ".join(filter(None, (ram, disk)))),
+        ("system", f"{hardware.os}{where}, {hardware.cpu_count} cores{python}{build}"),
     ]
 
 

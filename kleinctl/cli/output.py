@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kleinctl.problem import Problem
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     import click
     from rich.console import Console
     from rich.text import Text
+
+
+#: Of more problems than this, warnings are told in one line each.
+AT_A_GLANCE = 4
 
 
 def prepare_streams() -> None:
@@ -83,7 +87,7 @@ def show_problem(problem: Problem, target: Console | None = None) -> None:
     head = Text(problem.severity, style=f"bold {colour}")
     head.append(f"[{problem.name}]" if problem.name else "", style=colour)
     head.append(f": {clean(problem.what)}", style="bold")
-    target.print(head, soft_wrap=True)
+    target.print(head, soft_wrap=not target.is_terminal)
     target.print()
     if target.is_terminal:
         target.print(Padding(Text(clean(problem.why)), (0, 0, 0, 2)))
@@ -93,13 +97,27 @@ def show_problem(problem: Problem, target: Console | None = None) -> None:
     target.print(Text("hint: ", style="cyan").append(clean(problem.fix), style="default"), soft_wrap=True)
 
 
+def show_at_a_glance(problems: Sequence[Problem], target: Console, *, verbose: bool = False) -> None:
+    """Problems as doctor shows them: where there are many, warnings in one line each. Ends with an empty line."""
+    errors = [problem for problem in problems if problem.severity == "error"]
+    whole = problems if verbose or len(problems) <= AT_A_GLANCE else errors
+    short = [problem for problem in problems if problem not in whole]
+    show_problems(whole, target)
+    if whole:
+        target.print()
+    for problem in short:
+        show_problem_line(problem, target)
+    if short:
+        target.print("(kleinctl doctor -v tells more of these)\n", style="dim")
+
+
 def show_problem_line(problem: Problem, target: Console) -> None:
     """A problem's first line alone."""
     from rich.text import Text
 
     colour = "red" if problem.severity == "error" else "yellow"
     head = Text(f"{problem.severity}[{problem.name}]", style=colour).append(f": {clean(problem.what)}", style="default")
-    target.print(head, soft_wrap=True)
+    target.print(head, soft_wrap=not target.is_terminal)
 
 
 def bar(name: str, used: int, limit: int, width: int = 24) -> Text:
@@ -125,12 +143,12 @@ def can_show(characters: str) -> bool:
     return True
 
 
-def show_rows(rows: Iterable[tuple[str, str]], *, width: int) -> None:
+def show_rows(rows: Iterable[tuple[str, str]], *, width: int, target: Console | None = None) -> None:
     """Lines with a head of `width` characters; the rest wraps below itself on a terminal, and stays whole elsewhere."""
     from rich.table import Table
     from rich.text import Text
 
-    target = console()
+    target = target or console()
     if not target.is_terminal:
         for head, text in rows:
             target.print(f"{head:{width}} {clean(text)}", markup=False, soft_wrap=True)

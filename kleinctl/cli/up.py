@@ -42,7 +42,7 @@ def command(
     """
     from kleinctl import generate, road
     from kleinctl.cli import steps
-    from kleinctl.cli.doctor import machine_lines
+    from kleinctl.cli.doctor import machine_rows
     from kleinctl.cli.run import jobs_of, print_result
     from kleinctl.facts import gather
     from kleinctl.plugins import Plugins
@@ -56,11 +56,9 @@ def command(
     plugins = Plugins()
     hardware = options.this_machine()
     limit = options.limited(hardware, vram_limit)
-    for line in machine_lines(hardware):
-        output.remark(line)
+    output.show_rows(machine_rows(hardware), width=7, target=output.err_console())
     found = survey(plugins, gather(plugins, hardware), model=model, backend=backend, changes=changes, plan_for=limit)
-    output.show_problems(found.problems)
-    output.remark("")
+    output.show_at_a_glance(found.problems, output.err_console())
     way, plan = choose(plugins, limit, model, backend, changes, allow_unverified, accept=accept_licence or yes)
     jobs = jobs_of(way.model, changes, 1)
     outputs = generate.choose_outputs(jobs, out)
