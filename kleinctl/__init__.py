@@ -8,6 +8,7 @@ __all__ = [
     "API_VERSION",
     "Budget",
     "Check",
+    "CouldNotCheck",
     "Environment",
     "Evidence",
     "Fit",
@@ -31,7 +32,7 @@ __all__ = [
 if TYPE_CHECKING:
     from kleinctl import memory
     from kleinctl.backends import API_VERSION, Budget, Fit, InstalledModel, Job
-    from kleinctl.checks import Check, check
+    from kleinctl.checks import Check, CouldNotCheck, check
     from kleinctl.environment import Environment
     from kleinctl.hardware import Gpu, Hardware
     from kleinctl.identify import Signature
@@ -47,6 +48,7 @@ _WHERE = {
     "InstalledModel": "backends",
     "Job": "backends",
     "Check": "checks",
+    "CouldNotCheck": "checks",
     "check": "checks",
     "Environment": "environment",
     "Gpu": "hardware",

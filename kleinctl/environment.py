@@ -433,10 +433,12 @@ def torch_build(hardware: Hardware, cuda: bool) -> TorchBuild:
     serving = {build: _kernels(build.cuda, build.torch, hardware.platform) for build in with_cuda}
     covering = [build for build, kernels in serving.items() if _covers(kernels, gpu)]
     if not covering:
+        newer = gpu.capability >= (10, 0)
         why = f"It has compute capability {gpu.compute_capability}; PyTorch's builds start at 5.0 (6.1 on Windows)."
-        if gpu.capability >= (10, 0):
+        if newer:
             why = f"It has compute capability {gpu.compute_capability}, newer than the builds this kleinctl knows."
-        raise _no_build(f"no torch can use {gpu.name}", why, 'kleinctl up --model klein-tiny "a red circle"', ref="A04")
+        fix, ref = 'kleinctl up --model klein-tiny "a red circle"', "A03" if newer else "A04"
+        raise _no_build(f"no torch can use {gpu.name}", why, fix, ref=ref)
     fitting = [build for build in covering if _driver_reaches(gpu, _driver_wanted(build.cuda, gpu))]
     if not fitting:
         wanted = min((_driver_wanted(build.cuda, gpu) for build in covering), key=numbers)

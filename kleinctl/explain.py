@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -110,18 +111,57 @@ def page(name: str, theirs: Iterable[Path] = ()) -> Page:
     )
 
 
+#: Words that mean the same here, and endings that make no difference: what is said is not said in our words.
+SAME = {
+    **dict.fromkeys(("image", "photo", "photos", "img"), "picture"),
+    **dict.fromkeys(("gpu", "graphics", "videocard"), "card"),
+    **dict.fromkeys(("color", "colors", "colours"), "colour"),
+    **dict.fromkeys(("gray", "greyish"), "grey"),
+    **dict.fromkeys(("login", "signin"), "token"),
+    **dict.fromkeys(("hang", "hangs", "hanging", "frozen", "freezes", "freeze"), "stuck"),
+    **dict.fromkeys(("loras",), "lora"),
+}
+#: Words that say nothing of a symptom.
+IDLE = " a an and are be but does do for get have how in is it its my of on or so that the this to very why with "
+_ENDING = re.compile(r"(?<=\w{4})(?:ing|ed|es|er|s|y|e)$")
+
+
 def search(words: str, among: Sequence[Page]) -> list[Page]:
-    """The pages that have the words, best first: words in name, title and search words count more than in the text."""
-    wanted = [word for word in re.split(r"\W+", words.lower()) if len(word) > 1]
+    """The pages that have the words, best first.
+
+    Rare words count more than common ones, and those in name, title and search words more than those in the text.
+    """
     phrase = " ".join(words.lower().split())
+    wanted = dict.fromkeys(_terms(words))
+    told = [_terms(f"{each.name} {each.title} {each.words}") for each in among]
+    rest = [_terms(" ".join(each.sections.values())) for each in among]
+    found = list(zip(told, rest, strict=True))
+    weight = {
+        word: math.log((1 + len(among)) / (1 + sum(word in head or word in body for head, body in found)))
+        for word in wanted
+    }
+    whole = sum(weight.values()) or 1
 
-    def score(each: Page) -> float:
-        told = f"{each.name} {each.title} {each.words}".lower()
-        rest = " ".join(each.sections.values()).lower()
-        hits = [3 * (word in told) + (word in rest) for word in wanted]
-        whole = 12 * (phrase in told) + 6 * (phrase in " ".join(rest.split()))
-        return (sum(hits) + whole) * (all(hits) + 0.25) if any(hits) else 0
+    def score(each: Page, head: set[str], body: set[str]) -> float:
+        hits = [weight[word] * (3 * (word in head) + (word in body)) for word in wanted]
+        met = sum(weight[word] for word in wanted if word in head or word in body) / whole
+        title = f"{each.name.replace('-', ' ')} {each.title} {each.words}"
+        said = 12 * _has(title, phrase) + 6 * _has(" ".join(each.sections.values()), phrase)
+        return sum(hits) * met**2 + said
 
-    ranked = sorted(((score(each), each) for each in among), key=lambda pair: -pair[0])
+    ranked = sorted(
+        ((score(*each), each[0]) for each in zip(among, told, rest, strict=True)), key=lambda pair: -pair[0]
+    )
     best = ranked[0][0] if ranked else 0
     return [each for value, each in ranked if value > 0 and value >= best / 4][:10]
+
+
+def _has(text: str, phrase: str) -> bool:
+    return bool(phrase) and re.search(rf"(?<!\w){re.escape(phrase)}", " ".join(text.lower().split())) is not None
+
+
+def _terms(text: str) -> set[str]:
+    """The words of a text, without what makes no difference."""
+    bare = text.lower().replace("over-", "over")
+    words = (SAME.get(word, word) for word in re.findall(r"[^\W_]+", bare) if len(word) > 1 and f" {word} " not in IDLE)
+    return {_ENDING.sub("", word) for word in words}

@@ -158,6 +158,15 @@ def _reference_latent(at: Sighting) -> Problem:
     )
 
 
+def _latents(at: Sighting) -> Problem:
+    """Latents of two models met: one of them was made for the other's VAE."""
+    own, other = int(at["a"]), int(at["b"])
+    return _vae(
+        "the VAE made latents for another model",
+        f"Latents of {own} channels, those {LATENTS[own]}, met some of {other}, those {LATENTS[other]}.",
+    )
+
+
 def _vae(what: str, why: str) -> Problem:
     return Problem(what, f"{why} klein needs flux2-vae.safetensors.", FETCH, name="vae-mismatch", ref="C09")
 
@@ -333,13 +342,21 @@ def _quoted(path: str) -> str:
 def _lora_shape(at: Sighting) -> Problem:
     """A LoRA's product has `size` numbers where `rows` x `columns` are wanted; both grow with the hidden width."""
     rows, columns, size = int(at["rows"]), int(at["columns"]), int(at["size"])
-    wanted = f"{at['key']} wants {rows} x {columns} = {rows * columns} numbers in {HIDDEN.get(columns, 'this model')}"
+    key = at["key"] if "key" in at.match.re.groupindex else "One of its layers"
+    wanted = f"{key} wants {rows} x {columns} = {rows * columns} numbers in {HIDDEN.get(columns, 'this model')}"
     if columns == 3072 and size in (12288 * 3072, 21504 * 3072, 3072 * 15360):
         return _flux1_lora(f"{wanted}; this LoRA has {size}, as FLUX.1.")
     width = math.isqrt(size * columns // rows)
     if width in HIDDEN:
         return _lora(f"{wanted}; this LoRA has {size} = {size // width} x {width}, so it is for {HIDDEN[width]}.")
     return _lora(f"{wanted}; this LoRA has {size}, for another model.")
+
+
+def _square(at: Sighting) -> bool:
+    """Whether the size is that of the same layer in a model of another width."""
+    rows, columns, size = int(at["rows"]), int(at["columns"]), int(at["size"])
+    width = math.isqrt(size * columns // rows)
+    return width in HIDDEN and width != columns and size * columns == rows * width**2
 
 
 def _lora_keys(at: Sighting) -> Problem:
@@ -643,7 +660,9 @@ def _transformers_clash(at: Sighting) -> Problem:
     if at["old"]:
         why = f"{at['old']} is not in the installed transformers: it came with a newer version 4."
         return _packages("transformers is too old", why, '"transformers>=5,<6"', "transformers-clash", "A25")
-    why = f"transformers 5 removed {at['name']}, which the installed diffusers (or a custom node) still imports."
+    why = (
+        f"transformers 5 removed or moved {at['name']}, which the installed diffusers (or a custom node) still imports."
+    )
     return _packages(
         "transformers and diffusers do not fit",
         why,
@@ -817,7 +836,7 @@ FOLDERS = {
 
 def _node_missing(at: Sighting) -> Problem:
     told = re.search(r'"class_type": ?"([^"\\\n]{1,100})"', at.near(0, 8)[:3000])
-    node = told[1] if told else at["new"] or at["old"]
+    node = told[1] if told else at["new"] or at["old"] or at["listed"]
     if node in CORE_NODES:
         return _comfyui_old(
             f"The node {node} is ComfyUI's own since {CORE_NODES[node]}; no custom node is missing. klein needs 0.9.2."
@@ -946,8 +965,9 @@ def _rejected(at: Sighting) -> Problem:
 
 
 def _port(at: Sighting) -> Problem:
-    port = at["port"] or "8188"
-    reserved = at["code"] in ("10013", "13")
+    told = re.search(r"address \('[^'\n]{1,60}', (\d{1,5})", at.near(0, 1))
+    port = told[1] if told else "8188"
+    reserved = "13]" in at.match[0]
     why = (
         "The system keeps it for itself or does not let this user open it."
         if reserved
@@ -1091,7 +1111,7 @@ PATTERNS: tuple[LogPattern, ...] = (
     _plain(
         "driver-library-mismatch",
         "A11",
-        r"Driver/library version mismatch",
+        r"Driver/library version mismatch|NVML_ERROR_LIB_RM_VERSION_MISMATCH",
         "the NVIDIA driver was updated but not restarted",
         "Its library and its kernel module differ in version.",
         "restart the computer, then: kleinctl doctor",
@@ -1140,13 +1160,14 @@ PATTERNS: tuple[LogPattern, ...] = (
         r"Could not find a version that satisfies the requirement torch(?P<version>[=<>!~][^\s(]{1,40})?",
         _no_build,
     ),
-    LogPattern("vc-runtime-missing", r"WinError 126\b|WinError 1114\b", _dll),
+    LogPattern("vc-runtime-missing", r"WinError 12[67]\b|WinError 1114\b", _dll),
     _plain(
         "torch-versions-differ",
         "A21",
-        r"operator torchvision::nms does not exist",
-        "torch and torchvision are of different builds",
-        "One of them was replaced alone, so torchvision's operators do not load.",
+        r"operator torchvision::nms does not exist"
+        r"|cannot import name 'AutoProcessor'|Could not import module 'AutoProcessor'",
+        "torch, torchvision and transformers do not fit each other",
+        "One of them was replaced alone, so what is built on it does not load.",
         "python -s -m pip install --force-reinstall torch torchvision torchaudio"
         " --index-url https://download.pytorch.org/whl/cu130",
     ),
@@ -1161,20 +1182,22 @@ PATTERNS: tuple[LogPattern, ...] = (
     _plain(
         "diffusers-too-old",
         "A24",
-        r"cannot import name 'Flux2(?:Klein)?\w{0,20}Pipeline'",
+        r"cannot import name 'Flux2(?:Klein)?\w{0,20}Pipeline'|Did you mean: 'Flux2Pipeline'"
+        r"|module '?diffusers'? has no attribute '?Flux2",
         "diffusers is too old",
         "FLUX.2 [klein] needs diffusers 0.37.0 or newer.",
         'python -s -m pip install -U "diffusers>=0.38"   # of kleinctl\'s own: kleinctl install',
     ),
     LogPattern(
         "transformers-clash",
-        r"cannot import name '(?P<name>MT5Tokenizer|HybridCache)'"
+        r"cannot import name '(?P<name>MT5Tokenizer|HybridCache|Qwen2TokenizerFast)'"
         r"|No module named '(?P<old>transformers\.modeling_layers)'",
         _transformers_clash,
     ),
     LogPattern(
         "hub-clash",
-        r"huggingface[-_]hub[^\n]{0,80}(?:is required for|but you have huggingface|is required but found)",
+        r"huggingface[-_]hub[^\n]{0,80}(?:is required for|but you have huggingface|is required but found)"
+        r"|huggingface[-_]hub[<>=!~][^\n]{1,40} is required\b",
         _hub_clash,
     ),
     _plain(
@@ -1250,7 +1273,7 @@ PATTERNS: tuple[LogPattern, ...] = (
     LogPattern(
         "gated-repo",
         r"GatedRepoError|Cannot access gated repo|is restricted and you are not in the authorized list"
-        r"|errorCode=24 Authorization failed",
+        r"|errorCode=24 Authorization failed|401 Client Error: Unauthorized for url: https://huggingface\.co/",
         _gated,
     ),
     LogPattern(
@@ -1268,7 +1291,7 @@ PATTERNS: tuple[LogPattern, ...] = (
     ),
     LogPattern(
         "disk-full",
-        r"\[Errno 28\]|No space left on device|WinError 112\b|Not enough free disk space to download the file"
+        r"\[Errno 28\]|[Nn]o space left on device|WinError 112\b|Not enough free disk space to download the file"
         r"(?:\. The expected file size is: (?P<expected>[\d.]{1,15}) MB\."
         r" The target location (?P<path>\S{1,200}) only has (?P<free>[\d.]{1,15}) MB)?",
         _disk_full,
@@ -1302,7 +1325,7 @@ PATTERNS: tuple[LogPattern, ...] = (
     _plain(
         "rate-limited",
         "B14",
-        r"429 Client Error|had to rate limit your IP",
+        r"429 Client Error|HTTP Error 429|429 Too Many Requests|had to rate limit your IP",
         "the hub asks to wait",
         "Too many requests came from this address, as behind a VPN or shared connection.",
         "hf auth login   # people with an account may ask more often; then wait some minutes",
@@ -1317,7 +1340,7 @@ PATTERNS: tuple[LogPattern, ...] = (
     LogPattern(
         "weights-truncated",
         r"MetadataIncompleteBuffer|incomplete metadata, file not fully covered|InvalidHeaderLength"
-        r"|invalid header length",
+        r"|invalid header length|safetensors file is corrupt/incomplete",
         _damaged(
             "weights-truncated",
             "The safetensors file is shorter or longer than its header says: a download was cut off.",
@@ -1325,6 +1348,7 @@ PATTERNS: tuple[LogPattern, ...] = (
         ),
     ),
     LogPattern("weights-not-safetensors", r"HeaderTooLarge|header too large", _header_too_large),
+    LogPattern("weights-not-safetensors", r"safetensors file is corrupt or invalid", _header_too_large),
     LogPattern(
         "weights-empty", r"HeaderTooSmall|header too small", _damaged("weights-empty", "The file is empty.", "B04")
     ),
@@ -1347,7 +1371,8 @@ PATTERNS: tuple[LogPattern, ...] = (
     LogPattern(
         "node-missing",
         r"Node '(?P<new>[^'\n]{1,100})' not found\. The custom node may not be installed"
-        r"|Cannot execute because node (?P<old>\S{1,100}) does not exist",
+        r"|Cannot execute because node (?P<old>\S{1,100}) does not exist"
+        r"|node types were not found:? (?:[-*] ?)?(?P<listed>\w{1,100})",
         _node_missing,
     ),
     _plain(
@@ -1384,7 +1409,6 @@ PATTERNS: tuple[LogPattern, ...] = (
     ),
     LogPattern(
         "text-encoder-width",
-        r"(?:mat1 and mat2|input and weight\.T) shapes cannot be multiplied "
         r"\(\d{1,9}x(?P<given>\d{1,9}) and (?P<rows>\d{1,9})x(?P<columns>\d{1,9})\)",
         _shapes,
     ),
@@ -1421,16 +1445,9 @@ PATTERNS: tuple[LogPattern, ...] = (
     LogPattern(
         "vae-mismatch",
         r"Sizes of tensors must match except in dimension 1\. Expected size 128 but got size (?P<given>\d{1,6})"
-        r"|size of tensor a \(128\) must match the size of tensor b \((?P<b>16|4)\) at non-singleton dimension 1",
-        lambda at: (
-            _reference_latent(at)
-            if at["given"]
-            else _vae(
-                "the VAE made latents for another model",
-                f"The model has latents of 128 channels, those of FLUX.2; it was given {at['b']}, those "
-                f"{LATENTS[int(at['b'])]}.",
-            )
-        ),
+        r"|size of tensor a \((?P<a>128|32|16|4)\) must match the size of tensor b \((?P<b>128|32|16|4)\)"
+        r" at non-singleton dimension 1\b",
+        lambda at: _reference_latent(at) if at["given"] else _latents(at),
     ),
     _plain(
         "preview-crash",
@@ -1466,6 +1483,12 @@ PATTERNS: tuple[LogPattern, ...] = (
         r" input of size (?P<size>\d{1,12})",
         _lora_shape,
     ),
+    LogPattern(
+        "lora-mismatch",
+        r"shape '\[(?P<rows>[1-9]\d{0,6}), (?P<columns>3072|4096|6144)\]' is invalid for"
+        r" input of size (?P<size>\d{1,12})",
+        lambda at: _lora_shape(at) if _square(at) else None,
+    ),
     LogPattern("lora-mismatch", r"lora key not loaded:", _lora_keys),
     LogPattern(
         "lora-mismatch",
@@ -1481,7 +1504,7 @@ PATTERNS: tuple[LogPattern, ...] = (
         r"ERROR: (?P<part>clip input|VAE) is invalid: None",
         lambda at: _in_checkpoints("the checkpoint", f"It has no {'VAE' if at['part'] == 'VAE' else 'text encoder'}"),
     ),
-    LogPattern("fp8-scales-unread", r"unet (?P<how>unexpected|missing): (?P<keys>\[[^\n]{1,2500})", _unexpected),
+    LogPattern("fp8-scales-unread", r"unet (?P<how>unexpected|missing): (?P<keys>\[[^\]\n][^\n]{0,2500})", _unexpected),
     _plain(
         "other-program",
         "C23",
@@ -1500,7 +1523,10 @@ PATTERNS: tuple[LogPattern, ...] = (
     ),
     # Memory
     LogPattern(
-        "card-memory-full", r"CUDA out of memory|Allocation on device|torch\.(?:cuda\.)?OutOfMemoryError", _out_of_vram
+        "card-memory-full",
+        r"CUDA out of memory|Allocation on device|torch\.(?:cuda\.)?OutOfMemoryError|CUDA error: out of memory"
+        r"|CUDNN_STATUS_ALLOC_FAILED|CUBLAS_STATUS_ALLOC_FAILED",
+        _out_of_vram,
     ),
     LogPattern(
         "memory-full",
@@ -1509,7 +1535,9 @@ PATTERNS: tuple[LogPattern, ...] = (
         r"|^[^\n]{0,200}: line \d{1,6}: +\d{1,8} Killed\b",
         _out_of_ram,
     ),
-    LogPattern("memory-full", r"^[ \t]{0,20}Killed[ \t]{0,20}$", _out_of_ram),
+    LogPattern(
+        "memory-full", r"^[ \t]{0,20}Killed[ \t]{0,20}$|^zsh: killed |^\[\d{1,3}\] +\d{1,9} +killed ", _out_of_ram
+    ),
     _plain(
         "dynamic-vram-trouble",
         "D10",
@@ -1530,7 +1558,7 @@ PATTERNS: tuple[LogPattern, ...] = (
     _plain(
         "references-large",
         "D12",
-        r"Image too small: \d{1,6}x\d{1,6}|Aspect ratio too extreme|Image must be a PIL",
+        r"Image too small: \w{1,15}\b|Aspect ratio too extreme|Image must be a PIL",
         "a reference picture cannot be used as it is",
         "Both sides have to have at least 64 pixels, at most 8 to 1, as a PIL image.",
         "crop or resize the reference picture, best to about one megapixel",
@@ -1551,8 +1579,7 @@ PATTERNS: tuple[LogPattern, ...] = (
     # The server
     LogPattern(
         "port-in-use",
-        r"\[(?:Errno|WinError) (?P<code>98|48|10048|10013|13)\] error while attempting to bind"
-        r"(?: on address \('[^'\n]{1,60}', (?P<port>\d{1,5}))?",
+        r"Errno (?:98|48|10048|10013)\]|WinError (?:10048|10013)\]|Errno 13\] error while attempting to bind",
         _port,
     ),
     LogPattern(
@@ -1665,6 +1692,26 @@ PATTERNS: tuple[LogPattern, ...] = (
         alone=True,
     ),
     LogPattern("text-encoder-not-stacked", r"Requested to load ZImageTEModel_", _zimage, alone=True),
+    _plain(
+        "transformer-in-checkpoints",
+        "C19",
+        r"No VAE weights detected, VAE not init",
+        "a file was loaded as a whole checkpoint, and has no VAE",
+        "klein's transformer, text encoder and VAE are three files, for three loaders; a transformer has no VAE in it.",
+        "move it to models/diffusion_models and use the nodes UNETLoader, CLIPLoader (type flux2) and VAELoader",
+        "warning",
+        alone=True,
+    ),
+    _plain(
+        "wrong-pipeline-class",
+        "C15",
+        r"Cannot copy out of meta tensor; no data!",
+        "a part of the pipeline has no weights",
+        "Its file was not read: mostly the pipeline is another model's (Flux2Pipeline opened klein), or a file of the "
+        "folder is missing.",
+        "use Flux2KleinPipeline.from_pretrained(...), or DiffusionPipeline, which reads model_index.json",
+        alone=True,
+    ),
     _plain(
         "value-not-in-list",
         "E03",

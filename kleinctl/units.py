@@ -31,7 +31,7 @@ def parse_bytes(text: str) -> int:
         Misuse: `text` is no amount of memory.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if match and match[2].lower() in _FACTORS:
+    if match and len(match[1]) < 20 and match[2].lower() in _FACTORS:
         return int(float(match[1]) * _FACTORS[match[2].lower()])
     raise Misuse(Problem(f"{text!r} is no amount of memory", "A number and a unit are wanted.", "try 12GiB or 8GB"))
 

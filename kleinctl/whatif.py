@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from kleinctl import documents
 from kleinctl.facts import Facts
 from kleinctl.hardware import Gpu, NvmlState, Package, imagine
 from kleinctl.problem import Misuse, Problem, did_you_mean
@@ -53,9 +55,20 @@ def _cards(facts: Facts, change: Callable[[Gpu], Gpu]) -> Facts:
     return _hardware(facts, gpus=tuple(change(gpu) for gpu in facts.hardware.gpus))
 
 
+def _amount(name: str, value: str) -> int:
+    """Bytes. A small number alone is no amount of memory, but one whose unit was forgotten."""
+    if re.fullmatch(r"[1-9]\d{0,5}", value, re.ASCII):
+        raise _impossible(f"{name}={value} would be {value} bytes", "A unit is wanted: GiB, GB.", f"{name}={value}GiB")
+    with suppress(OverflowError):
+        amount = parse_bytes(value)
+        if amount < documents.MAX_NUMBER:
+            return amount
+    raise _impossible(f"{name} cannot be {value[:40]}", "No machine has as much.", f"{name}=6GiB")
+
+
 def _vram(facts: Facts, value: str) -> Facts:
     """All of a card's memory; what is taken of it stays taken."""
-    total = parse_bytes(value)
+    total = _amount("vram", value)
 
     def change(gpu: Gpu) -> Gpu:
         taken = gpu.vram_bytes - gpu.vram_free_bytes
@@ -65,7 +78,7 @@ def _vram(facts: Facts, value: str) -> Facts:
 
 
 def _vram_free(facts: Facts, value: str) -> Facts:
-    free = parse_bytes(value)
+    free = _amount("vram_free", value)
 
     def change(gpu: Gpu) -> Gpu:
         if free > gpu.vram_bytes:
@@ -78,13 +91,13 @@ def _vram_free(facts: Facts, value: str) -> Facts:
 
 def _ram(facts: Facts, value: str) -> Facts:
     """All of the machine's memory; what is taken of it stays taken."""
-    total, hardware = parse_bytes(value), facts.hardware
+    total, hardware = _amount("ram", value), facts.hardware
     free = max(0, total - (hardware.ram_bytes - hardware.ram_available_bytes))
     return _hardware(facts, ram_bytes=total, ram_available_bytes=free)
 
 
 def _ram_available(facts: Facts, value: str) -> Facts:
-    free = parse_bytes(value)
+    free = _amount("ram_available", value)
     if free > facts.hardware.ram_bytes:
         why = f"The machine has {gib(facts.hardware.ram_bytes)} in all."
         raise _impossible(f"{gib(free)} of RAM cannot be available", why, f"ram={value} --set ram_available={value}")
@@ -92,7 +105,7 @@ def _ram_available(facts: Facts, value: str) -> Facts:
 
 
 def _disk_free(facts: Facts, value: str) -> Facts:
-    free = parse_bytes(value)
+    free = _amount("disk_free", value)
     disks = {name: replace(disk, free_bytes=free) for name, disk in facts.hardware.disks.items()}
     cache = facts.hub_cache and replace(facts.hub_cache, free_bytes=free)
     return replace(_hardware(facts, disk_free_bytes=free, disks=disks), hub_cache=cache)

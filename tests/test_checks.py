@@ -105,9 +105,9 @@ def test_a_vae_saved_as_the_transformer(model, problems):
 def test_a_download_that_was_cut_short(model, problems):
     weights.write(model / TRANSFORMER, weights.flux2_diffusers(**KLEIN_4B), missing=1_000_000)
     problem = problems()["weights-truncated"]
-    assert problem["what"] == "diffusion_pytorch_model.safetensors is cut short"
+    assert problem["what"] == "transformer/diffusion_pytorch_model.safetensors is cut short"
     assert "1,000,000" in problem["why"] or "1.00 MB" in problem["why"]
-    assert "of 7.75 GB" in problem["why"]
+    assert "It has 7,750,109,672 of 7,751,109,744 bytes." in problem["why"]
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_no_nvidia_card_means_a_torch_without_cuda(others):
         (machine(card("RTX 5090", "12.0", "566.36")), "A01", "is 570."),
         (machine(card("GTX 780", "3.5")), "A04", "capability 3.5; PyTorch's builds start at 5.0"),
         (machine(card("GTX 980 Ti", "5.2"), platform="win32"), "A04", "6.1 on Windows"),
-        (machine(card("RTX 9090", "14.0")), "A04", "newer than the builds"),
+        (machine(card("RTX 9090", "14.0")), "A03", "newer than the builds"),
         (machine(), "A05", "The driver offers none."),
         (machine(platform="darwin", os="macOS 15.1", machine="arm64"), "A05", "this is macOS 15.1 on arm64"),
         (machine(machine="aarch64"), "A05", "on aarch64"),

@@ -48,10 +48,34 @@ def test_a_pasted_error_message_is_explained(kleinctl):
         ("out of memory vae decode", "decode-memory"),
         ("lora key not loaded", "lora-mismatch"),
         ("value not in list", "value-not-in-list"),
+        ("blurry image", "guidance-on-distilled"),
+        ("oversaturated", "guidance-on-distilled"),
+        ("burnt colors", "guidance-on-distilled"),
+        ("very slow", "slow-run"),
+        ("why is it so slow", "card-throttled"),
+        ("lora does nothing", "lora-mismatch"),
+        ("no gpu detected", "no-driver"),
+        ("it is using cpu instead of gpu", "torch-without-cuda"),
+        ("login required", "gated-repo"),
+        ("file not showing in comfyui", "file-in-wrong-folder"),
+        ("red nodes missing", "node-missing"),
+        ("rtx 5090 not supported", "torch-lacks-card"),
+        ("my picture is noisy", "steps-on-base"),
+        ("computer freezes", "memory-full"),
+        ("disk full", "disk-full"),
+        ("stuck at 99%", "xet-stalls"),
     ],
 )
 def test_a_symptom_leads_to_its_page(words, name):
     assert name in [page.name for page in explain.search(words, explain.pages())[:3]]
+
+
+def test_part_of_a_word_is_no_hit():
+    assert "disk-full" not in [page.name for page in explain.search("OOM", explain.pages())]  # r-oom
+
+
+def test_words_that_say_nothing(kleinctl):
+    assert explain.search("", explain.pages()) == explain.search("why is it so", explain.pages()) == []
 
 
 def test_words_that_nobody_wrote_lead_nowhere(kleinctl):

@@ -99,8 +99,8 @@ def look() -> list[Problem]:
     return [each for result in run_checks(own_checks(), {}, scenes) for each in result.problems]
 
 
-def again() -> set[tuple[str, str | None]]:
-    return {(each.name, each.path) for each in look()}
+def again() -> set[fixes.Key]:
+    return set(map(fixes.key, look()))
 
 
 def identity_of_the_tiny_vae() -> str:
@@ -140,23 +140,21 @@ def test_a_dry_run_writes_nothing(wrong_vae, empty_home, capsys):
     assert [each["outcome"] for each in document["fixes"]] == ["planned"]
     assert [each.name for each in left] == [each.name for each in look()]
     shown = capsys.readouterr().out
-    assert "planned       wrong-vae: diffusion_pytorch_model.safetensors is not the VAE of klein-tiny" in shown
+    assert f"planned       wrong-vae: {look()[0].what}\n" in shown
     assert "0 B to fetch, 2.08 MB to write; at once; `kleinctl undo` reverses it" in shown
     assert "  $ mv " in shown or "  $ move " in shown
 
 
 def test_the_fix_as_people_see_it(wrong_vae, capsys):
-    document, left = cli.run(Plugins(), NOTHING, look(), again)
+    [found] = look()
+    document, left = cli.run(Plugins(), NOTHING, [found], again)
     assert left == []
     shown = capsys.readouterr()
     assert shown.out.splitlines() == [
-        "fixed         wrong-vae: diffusion_pytorch_model.safetensors is not the VAE of klein-tiny",
+        f"fixed         wrong-vae: {found.what}",
         "  kleinctl undo 1   # reverses it",
     ]
-    assert (
-        "put the right file at" in shown.err
-        and "diffusion_pytorch_model.safetensors is not the VAE of klein-tiny" in shown.err
-    )
+    assert "put the right file at" in shown.err and found.what in shown.err
     conforms(document)
 
 
@@ -243,7 +241,7 @@ def in_comfyui(path: Path, action: str = "replace-file") -> Problem:
     return with_path(action, "ask", path, model="klein-4b", part="vae")
 
 
-def nothing_left() -> set[tuple[str, str | None]]:
+def nothing_left() -> set[fixes.Key]:
     return set()
 
 
@@ -728,12 +726,11 @@ def test_a_broken_environment_is_built_again(planned, monkeypatch):  # noqa: F81
     (planned.folder / "lib").mkdir(parents=True)
     [found] = environment.broken()
     monkeypatch.setattr(environment, "plan", lambda requires, hardware, cuda: planned)
-    [outcome] = fix(
-        [found], Plugins(), NOTHING, ask=yes, again=lambda: {(e.name, e.path) for e in environment.broken()}
-    )
+    [outcome] = fix([found], Plugins(), NOTHING, ask=yes, again=lambda: set(map(fixes.key, environment.broken())))
     assert outcome.status == "fixed", outcome.trouble
     assert environment.names() == [planned.name] and environment.broken() == []
     assert outcome.plan is not None and not outcome.plan.undoable
+    assert str(planned.folder) in outcome.plan.commands[0] and "--environments" not in outcome.plan.commands[0]
     record = (planned.folder / environment.RECORD).read_text()
     whole = fixes.plan(found, Plugins(), NOTHING)  # it is whole, and still may have to be built again
     monkeypatch.setattr(environment, "build", lambda plan, progress: 1 / 0)
@@ -769,7 +766,7 @@ def test_problems_with_one_remedy_are_fixed_once(tmp_path):
         asked.append(plan)
         return ""
 
-    outcomes, left = fixes.fix(found, Plugins(), NOTHING, ask=ask, again=lambda: {("b", None)}, do=do)
+    outcomes, left = fixes.fix(found, Plugins(), NOTHING, ask=ask, again=lambda: {fixes.key(named("b"))}, do=do)
     told = {",".join(each.name for each in outcome.problems): outcome.status for outcome in outcomes}
     assert told == {"setting": "fixed", "a,b": "still there", "c": "for you to do", "guide": "for you to do"}
     assert done == ["setting", "a,b"]
@@ -783,13 +780,13 @@ def test_a_wrong_file_that_is_a_missing_part_too(comfyui):
 
 
 def test_a_problem_that_went_with_another(tmp_path):
-    left = {("a", None), ("b", None)}
+    found = [replace(problem("set-config", "auto", table="run", key=key, value="4"), name=key) for key in ("a", "b")]
+    left = set(map(fixes.key, found))
 
     def do(plan: fixes.Plan) -> int:
         left.clear()
         return 1
 
-    found = [replace(problem("set-config", "auto", table="run", key=key, value="4"), name=key) for key in ("a", "b")]
     first, second = fix(found, Plugins(), NOTHING, ask=yes, again=lambda: set(left), do=do)
     assert (first.status, second.status, second.why) == ("fixed", "fixed", "It went with an earlier one.")
 
@@ -813,6 +810,49 @@ def test_without_a_terminal_what_wants_asking_is_only_shown(comfyui, hub: Hub, c
     conforms(document)
 
 
+def test_interrupted_after_the_first_fix(monkeypatch, capsys):
+    def carry_out(plan: fixes.Plan) -> int:
+        if plan.problem.name == "b":
+            raise KeyboardInterrupt
+        return 7
+
+    monkeypatch.setattr(cli, "carry_out", carry_out)
+    found = [replace(problem("set-config", "auto", table="run", key=key, value="4"), name=key) for key in ("a", "b")]
+    with pytest.raises(KeyboardInterrupt):
+        cli.run(Plugins(), NOTHING, found, nothing_left)
+    assert "done before: 7; see kleinctl undo --list" in capsys.readouterr().err
+
+
 def test_nothing_to_fix(capsys):
     assert cli.run(Plugins(), NOTHING, [], nothing_left)[1] == []
     assert capsys.readouterr().out == "nothing to fix\n"
+
+
+def test_one_of_two_problems_of_the_same_file(tmp_path):
+    first = replace(problem("set-config", "auto", table="run", key="a", value="4"), name="paths", path="/x.yaml")
+    other = replace(first, what="line 3 names no folder", remedy=None)
+    now = {fixes.key(replace(other, what="line 4 names no folder"))}
+    seen = iter([set(map(fixes.key, [first, other])), now])
+    outcomes, left = fixes.fix([first, other], Plugins(), NOTHING, ask=yes, again=lambda: next(seen), do=lambda plan: 1)
+    assert [each.status for each in outcomes] == ["fixed", "for you to do"] and left == [other]
+
+
+def test_a_file_of_windows_keeps_its_ends_of_lines(tmp_path):
+    path = tmp_path / "extra_model_paths.yaml"
+    path.write_bytes(b"comfyui:\r\n\tvae: x\r\n")
+    found = with_path("write-text", "ask", path, text="comfyui:\n    vae: x\n")
+    made = fixes.plan(found, Plugins(), NOTHING)
+    assert made.sentences[1:3] == ("  - <tab>vae: x", "  +     vae: x")
+    fixes.carry_out(made)
+    assert path.read_bytes() == b"comfyui:\r\n    vae: x\r\n"
+
+
+@pytest.mark.parametrize("layout", [{"indent": 1}, {"separators": (",", ":")}, {"indent": "\t"}, {}])
+def test_a_workflow_keeps_its_layout(tmp_path, layout):
+    path = tmp_path / "workflow.json"
+    nodes = {"2": {"class_type": "CLIPLoader", "inputs": {"clip_name": "é.safetensors", "type": "qwen_image"}}}
+    path.write_text(json.dumps(nodes, **layout), encoding="utf-8")
+    before = path.read_text(encoding="utf-8")
+    found = with_path("edit-workflow", "ask", path, node="2", input="type", value="flux2")
+    fixes.carry_out(fixes.plan(found, Plugins(), NOTHING))
+    assert path.read_text(encoding="utf-8") == before.replace("qwen_image", "flux2")

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kleinctl import documents
+from kleinctl.header import read_safetensors
 from kleinctl.identify import (
     Identity,
     LfsPointer,
@@ -26,6 +27,7 @@ from kleinctl.identify import (
     document,
     encoder_title,
     identify,
+    places,
 )
 from kleinctl.manifest import Model, load
 from tests import weights
@@ -829,6 +831,7 @@ def real(path: Path, size: int, shapes: weights.Shapes, dtype: str = "BF16") -> 
     with path.open("r+b") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(size)
+    weights.fill(path)
     return path
 
 
@@ -1034,3 +1037,34 @@ def test_a_damaged_header_is_still_answered(tmp_path, data):
     path.write_bytes(whole)
     found = identify(path)
     assert found.saw.isprintable() and documents.read(Identity, documents.plain(found), "x") == found
+
+
+# Room that was reserved and not filled
+
+
+@pytest.mark.parametrize(("filled", "kind"), [(0.0, "zeros"), (0.5, "zeros"), (0.9, "zeros"), (1.0, "safetensors")])
+def test_weights_that_a_download_did_not_fill(tmp_path, filled, kind):
+    path = weights.write(tmp_path / "a.safetensors", weights.flux2(**KLEIN_4B))
+    size = path.stat().st_size
+    os.truncate(path, int(size * filled) or len(weights.header(weights.flux2(**KLEIN_4B))))
+    os.truncate(path, size)
+    found = identify(path)
+    assert (found.kind, found.role, found.family) == (kind, "transformer", "flux2-klein-4b")
+    assert found.whole == (kind == "safetensors")
+    assert ("places of its weights: room that a download reserved and did not fill" in found.saw) == (kind == "zeros")
+
+
+def test_one_matrix_of_zeros_and_the_zeros_of_a_lora_are_let_pass(tmp_path):
+    shapes = weights.flux2(**KLEIN_4B)
+    path = weights.write(tmp_path / "a.safetensors", shapes)
+    with path.open("rb") as file:
+        place = places(read_safetensors(file, path.stat().st_size))[0]
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(bytes(4096))
+    assert identify(path).kind == "safetensors"
+    front = weights.header(weights.lora(weights.matrices(shapes, "_blocks"), rank=512))
+    size = weights.write(path, weights.lora(weights.matrices(shapes, "_blocks"), rank=512)).stat().st_size
+    path.write_bytes(front)
+    os.truncate(path, size)
+    assert identify(path).kind == "safetensors"

@@ -758,3 +758,66 @@ def test_failures_that_are_cut_and_mixed_can_be_read(lines, data):
         text = text[:at] + data.draw(st.text(alphabet="0x9[](){}'\"\\\n\r \x1b%,.:", max_size=8)) + text[until:]
     for match in explain(text, facts=card("8.9", "NVIDIA GeForce RTX 4090")):
         assert match.problem.name and match.problem.what and match.problem.evidence
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "ref"),
+    [
+        ("(512x15360 and 7680x3072)", "text-encoder-width", "C02"),
+        ("(512x4096 and 7680x3072)", "text-encoder-width", "C04"),
+        ("(512x7680 and 12288x4096)", "text-encoder-width", "C05"),
+        ("(512x2560 and 4096x2560)", "text-encoder-vl", "C06"),
+        ("… shape '[9216, 3072]' is invalid for input of size 50331648", "lora-mismatch", "C16"),
+        ("The safetensors file is corrupt or invalid. Make sure this is", "weights-not-safetensors", "B03"),
+        ("The safetensors file is corrupt/incomplete. Check the file size", "weights-truncated", "B02"),
+        ("write /var/lib/docker/tmp/x: no space left on device", "disk-full", "B06"),
+        ("cannot import name 'AutoProcessor' from 'transformers'", "torch-versions-differ", "A21"),
+        ("Did you mean: 'Flux2Pipeline'?", "diffusers-too-old", "A24"),
+        ("module diffusers has no attribute Flux2KleinPipeline", "diffusers-too-old", "A24"),
+        ("cannot import name 'Qwen2TokenizerFast' from 'transformers'", "transformers-clash", "A25"),
+        ("ImportError: huggingface-hub>=0.34.0 is required", "hub-clash", "A26"),
+        ("OSError: [WinError 127] Error loading torch\\lib\\shm.dll", "vc-runtime-missing", "A20"),
+        ("pynvml.NVMLError: NVML_ERROR_LIB_RM_VERSION_MISMATCH", "driver-library-mismatch", "A11"),
+        ("Cannot copy out of meta tensor; no data!", "wrong-pipeline-class", "C15"),
+        ("WARNING: No VAE weights detected, VAE not initalized.", "transformer-in-checkpoints", "C19"),
+        (
+            "size of tensor a (32) must match the size of tensor b (16) at non-singleton dimension 1",
+            "vae-mismatch",
+            "C09",
+        ),
+        ("OSError: [Errno 98] Address already in use", "port-in-use", "E06"),
+        ("[Errno 13] error while attempting to bind on address ('::', 80): denied", "port-in-use", "E06"),
+        ("node types were not found:\n- EmptyFlux2LatentImage", "comfyui-too-old", "E01"),
+        ("RuntimeError: CUDA error: out of memory", "card-memory-full", "D01"),
+        ("zsh: killed     python main.py", "memory-full", "D03"),
+        ("HTTP Error 429: Too Many Requests", "rate-limited", "B14"),
+        ("401 Client Error: Unauthorized for url: https://huggingface.co/x/y/resolve/main/z", "gated-repo", "B01"),
+    ],
+)
+def test_a_piece_of_an_error_as_people_paste_it(text, name, ref):
+    healthy = "\n".join(path.read_text(encoding="utf-8") for path in sorted((LOGS / "healthy").iterdir()))
+    for log in (text, f"{healthy}\n{text}\n{healthy}"):
+        assert [(match.problem.name, match.problem.ref) for match in explain(log)] == [(name, ref)]
+
+
+NOISE = {
+    "custom nodes": "FETCH ComfyRegistry Data: 5/98\n[SKIP] Downgrading pip package isn't allowed: huggingface-hub\n"
+    "unet missing: []\nclip missing: ['text_projection.weight']\nno CLIP/text encoder weights in checkpoint\n"
+    "Error handling request\nConnectionResetError: [Errno 104] Connection reset by peer\n"
+    "[WinError 10054] An existing connection was forcibly closed\nError. No naistyles.csv found.\n",
+    "pip": "Requirement already satisfied: huggingface-hub<2.0,>=0.34.0 in ./lib (from diffusers) (0.36.0)\n"
+    "Attempting uninstall: numpy\n    Found existing installation: numpy 1.26.4\n  Using cached numpy-2.3.5.whl\n"
+    "WARNING: Retrying (Retry(total=4)) after connection broken by 'ReadTimeoutError'\n",
+    "system": "systemd[1]: foo.service: Main process exited, code=killed, status=15/TERM\n"
+    'systemd[1]: snap.service: Killed\n"POST /api/x HTTP/1.1" 400 Bad Request\nexit code 143\n'
+    "audit: denied [Errno 13] Permission denied: '/root'\nnpm ERR! code E403 403 Forbidden\n",
+    "training": "mat1 shape (512x7680)\nmatmul(512x2560, 2560x7680) ok\ntxt_in (7680x3072)\n"
+    "size of tensor a (64) and b (96)\nKilled 3 idle workers\nthe header is large\ngrad overflow, skipping step\n"
+    "shape '[2, 3]' is invalid for input of size 7\nweights were not used when initializing Qwen3ForCausalLM\n",
+}
+
+
+@pytest.mark.parametrize("kind", NOISE)
+def test_noise_that_looks_like_failures_in_a_long_healthy_log(kind):
+    healthy = "\n".join(path.read_text(encoding="utf-8") for path in sorted((LOGS / "healthy").iterdir()))
+    assert explain("\n".join([healthy, NOISE[kind]] * 100)) == []

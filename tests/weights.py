@@ -6,9 +6,11 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from kleinctl.header import DTYPE_BITS, GGML_TYPES
+from kleinctl.header import DTYPE_BITS, GGML_TYPES, BadHeader, read_safetensors
+from kleinctl.identify import places
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -42,7 +44,7 @@ def write(
     missing: int = 0,
     **dtypes: str,
 ) -> Path:
-    """A sparse safetensors file of those tensors, `missing` bytes short."""
+    """A sparse safetensors file of those tensors, `missing` bytes short; not zero where `identify` looks for zeros."""
     front = header(shapes, dtype, metadata, **dtypes)
     entries = json.loads(front[8:])
     entries.pop("__metadata__", None)
@@ -51,7 +53,18 @@ def write(
     with path.open("wb") as file:
         file.write(front)
         file.truncate(len(front) + end - missing)
+    fill(path)
     return path
+
+
+def fill(path: Path) -> None:
+    """Put a byte into each place of a sparse file where `identify` looks for zeros."""
+    size = path.stat().st_size
+    with suppress(BadHeader), path.open("r+b") as file:  # some tests want headers that are none
+        for place in places(read_safetensors(file, size)):
+            if place < size:
+                file.seek(place)
+                file.write(b"\x3c")
 
 
 def flux2(hidden: int, text_width: int, double: int, single: int) -> dict[str, tuple[int, ...]]:

@@ -19,9 +19,15 @@ from kleinctl.problem import Problem
 #: What a check returns: nothing, a problem, or several.
 Verdict = Problem | Iterable[Problem] | None
 Function = Callable[..., Verdict]
+#: How a check ended: all is well, something is not, or a fact is lacking.
+Status = Literal["ok", "problem", "skipped"]
 
 #: How long a check may take, in seconds, all its scenes together: it is arithmetic on facts.
 CHECK_SECONDS = 2.0
+
+
+class CouldNotCheck(Exception):
+    """Raised by a check that lacks a fact, or that has nothing to look at: the message says why, in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Result:
     """How one check ended: `ok`, `problem`, or `skipped` for lack of a fact (`why` says which)."""
 
     name: str
-    status: Literal["ok", "problem", "skipped"]
+    status: Status
     why: str
     seconds: float = 0.0
     problems: tuple[Problem, ...] = ()
@@ -97,16 +103,19 @@ def _run(each: Check, facts: Mapping[str, Any], rounds: Sequence[Mapping[str, An
     if not own:
         lacking = [want for want in each.wants if facts.get(want) is None]
         return Result(each.name, "skipped", f"Nothing is known of {' and '.join(lacking).replace('_', ' ')}.")
-    start, problems = time.perf_counter(), []
+    start, problems, lacks, crash = time.perf_counter(), [], [], ""
     for names in own:
         try:
             problems += _listed(each.function(**{want: names[want] for want in each.wants}))
+        except CouldNotCheck as lack:
+            lacks.append(str(lack))
         except Exception as error:  # a check that crashes is one line; the others still run
-            why = f"The check crashed: {type(error).__name__}: {error}"
-            return Result(each.name, "skipped", why.splitlines()[0], time.perf_counter() - start)
+            crash = f"The check crashed: {type(error).__name__}: {error}".splitlines()[0]
     named = tuple(replace(problem, name=problem.name or each.name) for problem in problems)
-    why = each.sentence if not named else named[0].what
-    return Result(each.name, "problem" if named else "ok", why, time.perf_counter() - start, named)
+    unknown = crash or (lacks[0] if len(lacks) == len(own) else "")
+    status: Status = "skipped" if unknown else "problem" if named else "ok"
+    why = unknown or (named[0].what if named else each.sentence)
+    return Result(each.name, status, why, time.perf_counter() - start, named)
 
 
 def _listed(verdict: Verdict) -> list[Problem]:

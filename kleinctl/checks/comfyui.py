@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import PurePath
 
-from kleinctl.checks import check
-from kleinctl.checks.machine import NO_CUDA_MALLOC
+from kleinctl.checks import CouldNotCheck, check
+from kleinctl.checks.environment import pip_line, torch_for
+from kleinctl.checks.machine import DRIVERS, NO_CUDA_MALLOC, chosen_card, known, with_arguments
 from kleinctl.environment import Environment
 from kleinctl.facts.comfyui import KINDS, OLD_NAMES, ComfyUI, CustomNode, ExtraPath, argument
 from kleinctl.facts.system import System
@@ -23,11 +23,15 @@ from kleinctl.units import GIB, gib
 FLUX2, KLEIN, MARKED_SCALES, KV_CACHE, DYNAMIC = "0.3.72", "0.9.2", "0.4.0", "0.17.0", "0.16.0"
 #: The release whose dynamic VRAM people report trouble with.
 TROUBLED = "0.30"
+#: The oldest driver for CUDA 13.
+KERNEL_DRIVER = "580"
 #: What switches dynamic VRAM off, as `enables_dynamic_vram` of ComfyUI's cli_args.py has it.
 STATIC = ("--disable-dynamic-vram", "--disable-smart-memory", "--highvram", "--gpu-only", "--novram", "--cpu")
 #: Where a file belongs by what it is, and what it is called.
 HOMES = {"transformer": "diffusion_models", "text-encoder": "text_encoders", "vae": "vae", "lora": "loras"}
 ROLES = {"transformer": "transformer", "text-encoder": "text encoder", "vae": "VAE", "lora": "LoRA"}
+#: Families of files that klein is run with: of others' scales nothing is said.
+READ = ("flux2-klein-4b", "flux2-klein-9b", "qwen3-4b", "qwen3-8b")
 #: What belongs to each klein transformer: the model, and by role the family, the manifest's part, and the file.
 PARTS = {
     "flux2-klein-4b": (
@@ -55,11 +59,19 @@ def older(version: str | None, than: str) -> bool:
 def update(comfyui: ComfyUI) -> str:
     """How to update a ComfyUI, as a line to paste."""
     if comfyui.layout == "portable":
-        return f"{PurePath(comfyui.path).parent}\\update\\update_comfyui.bat"
+        script = re.split(r"[\\/][^\\/]*$", comfyui.path)[0] + r"\update\update_comfyui.bat"
+        return f'"{script}"' if " " in script else script
     if comfyui.layout == "base-directory":
         return "update ComfyUI in its app (Help, Check for updates), then start it again"
     python = f'"{comfyui.python}"' if comfyui.python else "python"
     return f'git -C "{comfyui.path}" pull && {python} -m pip install -r "{comfyui.path}/requirements.txt"'
+
+
+def version_of(comfyui: ComfyUI) -> str:
+    """Its version; nothing can be said of what depends on it where it is not known."""
+    if comfyui.version is None:
+        raise CouldNotCheck(f"Nothing says which version of ComfyUI {comfyui.name} is of.")
+    return comfyui.version
 
 
 def gguf_problem(comfyui: ComfyUI, name: str) -> Problem | None:
@@ -91,7 +103,7 @@ def gguf_problem(comfyui: ComfyUI, name: str) -> Problem | None:
 @check("comfyui-too-old")
 def comfyui_too_old(comfyui: ComfyUI) -> Problem | None:
     """ComfyUI is recent enough for klein."""
-    if not older(comfyui.version, KLEIN):
+    if not older(version_of(comfyui), KLEIN):
         return None
     return Problem(
         f"{comfyui.name} is too old for klein",
@@ -106,7 +118,7 @@ def comfyui_too_old(comfyui: ComfyUI) -> Problem | None:
 @check("cliploader-lacks-flux2")
 def cliploader_lacks_flux2(comfyui: ComfyUI) -> Problem | None:
     """The CLIPLoader of this ComfyUI has the type flux2."""
-    if not older(comfyui.version, FLUX2):
+    if not older(version_of(comfyui), FLUX2):
         return None
     return Problem(
         f"the CLIPLoader of {comfyui.name} has no type flux2",
@@ -166,10 +178,10 @@ def fp8_scales_unread(comfyui: ComfyUI, comfyui_files: Sequence[FoundFile]) -> I
     """The scales of every fp8 file are ones that this ComfyUI reads."""
     for found in comfyui_files:
         scales = getattr(found.identity.facts, "scales", None)
-        if scales == "unmarked":
+        if scales == "unmarked" and found.identity.family in READ:
             why = "Its scales have no mark that ComfyUI looks for: it leaves them out and paints noise without a word."
             fix = f'kleinctl install --model klein-4b --comfyui "{comfyui.path}"   # the official file has the marks'
-        elif scales in ("metadata", "comfy_quant") and older(comfyui.version, MARKED_SCALES):
+        elif scales in ("metadata", "comfy_quant") and older(version_of(comfyui), MARKED_SCALES):
             why = f"Its scales are marked in a way that ComfyUI reads since {MARKED_SCALES}; this is {comfyui.version}."
             fix = update(comfyui)
         else:
@@ -212,7 +224,7 @@ def part_missing(comfyui: ComfyUI, comfyui_files: Sequence[FoundFile]) -> Iterat
 def kv_variant(comfyui: ComfyUI) -> Problem | None:
     """A KV transformer is there only where ComfyUI has the node that it needs."""
     names = [name for name in comfyui.files.get("diffusion_models", ()) if is_kv(name)]
-    if not names or not older(comfyui.version, KV_CACHE):
+    if not names or not older(version_of(comfyui), KV_CACHE):
         return None
     return Problem(
         f"{_last(names[0])} needs a newer ComfyUI",
@@ -251,6 +263,8 @@ def preview_crash(comfyui: ComfyUI) -> Problem | None:
 @check("custom-node-broken")
 def custom_node_broken(comfyui: ComfyUI) -> Iterator[Problem]:
     """Every custom node could be imported when ComfyUI last started."""
+    if comfyui.log is None:
+        raise CouldNotCheck(f"{comfyui.name} has no log of a start.")
     for pack in comfyui.custom_nodes:
         if pack.failure and not pack.disabled:
             yield Problem(
@@ -288,7 +302,7 @@ def dynamic_vram_trouble(comfyui: ComfyUI, hardware: Hardware) -> Problem | None
 @check("lowvram-does-nothing")
 def lowvram_does_nothing(comfyui: ComfyUI) -> Problem | None:
     """Each memory argument does what it says."""
-    if comfyui.argument("--lowvram") is None or not _dynamic(comfyui):
+    if with_arguments(comfyui).argument("--lowvram") is None or not _dynamic(comfyui):
         return None
     return Problem(
         f"--lowvram does nothing in {comfyui.name}",
@@ -308,7 +322,7 @@ def black_picture(comfyui: ComfyUI) -> Problem | None:
         "--use-sage-attention": "SageAttention gives black or broken pictures with some models and cards.",
         "--force-fp16": "klein is made for bf16; in fp16 its numbers overflow.",
     }
-    flag = next((flag for flag in reasons if comfyui.argument(flag) is not None), None)
+    flag = next((flag for flag in reasons if with_arguments(comfyui).argument(flag) is not None), None)
     if flag is None:
         return None
     return Problem(
@@ -325,7 +339,10 @@ def black_picture(comfyui: ComfyUI) -> Problem | None:
 @check("sage-attention-missing")
 def sage_attention_missing(comfyui: ComfyUI, comfyui_environment: Environment) -> Problem | None:
     """SageAttention is installed where ComfyUI is told to use it."""
-    if comfyui.argument("--use-sage-attention") is None or "sageattention" in comfyui_environment.packages:
+    if (
+        with_arguments(comfyui).argument("--use-sage-attention") is None
+        or "sageattention" in comfyui_environment.packages
+    ):
         return None
     return Problem(
         f"{comfyui.name} is told to use SageAttention, which is not installed",
@@ -340,7 +357,7 @@ def sage_attention_missing(comfyui: ComfyUI, comfyui_environment: Environment) -
 def cuda_malloc_unsupported(comfyui: ComfyUI, hardware: Hardware) -> Problem | None:
     """cudaMallocAsync is not forced on a card that lacks it."""
     cards = [gpu.name for gpu in hardware.gpus if not gpu.hidden and NO_CUDA_MALLOC.search(gpu.name)]
-    if not cards or comfyui.argument("--cuda-malloc") is None:
+    if not cards or with_arguments(comfyui).argument("--cuda-malloc") is None:
         return None
     return Problem(
         f"{comfyui.name} is told to use cudaMallocAsync, which {cards[0]} lacks",
@@ -356,18 +373,24 @@ def fp8_kernels_missing(
     comfyui: ComfyUI, comfyui_environment: Environment, comfyui_files: Sequence[FoundFile], hardware: Hardware
 ) -> Problem | None:
     """ComfyUI has its fast kernels for the fp8 files."""
-    cuda, gpu = comfyui_environment.torch_cuda, hardware.gpu
+    cuda, gpu = comfyui_environment.torch_cuda, chosen_card(hardware)
     fp8 = [found for found in comfyui_files if getattr(found.identity.facts, "scales", None)]
-    if not fp8 or cuda is None or _numbers(cuda) >= (13,) or gpu is None or gpu.capability < (7, 5):
+    if cuda is None:
+        raise CouldNotCheck(f"No torch for CUDA was found in the Python of {comfyui.name}.")
+    if not fp8 or _numbers(cuda) >= (13,) or gpu.capability < (7, 5):
         return None
+    old = gpu.driver is not None and older(gpu.driver, KERNEL_DRIVER)
+    packages, index = torch_for(hardware)
+    line, remedy = pip_line(comfyui_environment, packages, index)
     return Problem(
         f"{comfyui.name} has no fast kernels for {fp8[0].path.name}",
-        f"They need torch for CUDA 13; this torch is for CUDA {cuda}. Pictures come out the same, more slowly.",
-        f'"{comfyui_environment.python}" -s -m pip install -U torch torchvision torchaudio '
-        "--index-url https://download.pytorch.org/whl/cu130   # needs driver 580 or newer",
+        f"They need torch for CUDA 13{f', and that driver {KERNEL_DRIVER}' if old else ''}; this torch is for CUDA "
+        f"{cuda}{f', the driver {gpu.driver}' if old else ''}. Pictures come out the same, more slowly.",
+        f"install driver {KERNEL_DRIVER} from {DRIVERS}, then: kleinctl doctor" if old else line,
         severity="warning",
         ref="A19",
-        evidence=(Evidence("torch", f"CUDA {cuda}", "CUDA 13.0"),),
+        evidence=(Evidence("torch", f"CUDA {cuda}", "CUDA 13.0"), Evidence(gpu.name, f"driver {gpu.driver}")),
+        remedy=None if old else remedy,
     )
 
 
@@ -437,7 +460,7 @@ def other_base_directory(comfyui: ComfyUI, system: System) -> Problem | None:
 @check("port-in-use")
 def port_in_use(system: System) -> Iterator[Problem]:
     """ComfyUI's port is free, or ComfyUI has it."""
-    for server in system.servers:
+    for server in known(system).servers:
         if server.comfyui is None:
             yield Problem(
                 f"port {server.port} is taken by another program",
@@ -452,17 +475,19 @@ def port_in_use(system: System) -> Iterator[Problem]:
 @check("memory-held-by-comfyui")
 def memory_held_by_comfyui(system: System, hardware: Hardware) -> Problem | None:
     """A running ComfyUI leaves the card's memory to others."""
-    server, gpu = next((each for each in system.servers if each.comfyui is not None), None), hardware.gpu
-    if server is None or gpu is None:
-        return None
+    gpu = chosen_card(hardware)
+    server = next((each for each in known(system).servers if each.comfyui is not None), None)
+    if server is None:
+        raise CouldNotCheck("No ComfyUI answers on this machine.")
     held = gpu.vram_bytes - gpu.vram_free_bytes
     if held < 4 * GIB:
         return None
-    body = '{"unload_models": true, "free_memory": true}'
+    # Double quotes alone are known to every shell.
+    body = r'"{\"unload_models\": true, \"free_memory\": true}"'
     return Problem(
         f"the ComfyUI that runs at port {server.port} holds the card's memory",
         f"{gib(held)} of {gib(gpu.vram_bytes)} are taken; ComfyUI keeps its models after a run.",
-        f"curl -X POST http://127.0.0.1:{server.port}/free -H 'Content-Type: application/json' -d '{body}'",
+        f'curl -X POST http://127.0.0.1:{server.port}/free -H "Content-Type: application/json" -d {body}',
         severity="warning",
         ref="E13",
         evidence=(Evidence(gpu.name, f"{gib(gpu.vram_free_bytes)} free", "the card's memory free"),),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from urllib.parse import urlsplit
 
-from kleinctl.checks import check
+from kleinctl.checks import CouldNotCheck, check
 from kleinctl.environment import Environment
 from kleinctl.facts.hub_cache import CachedRepo, HubCache
 from kleinctl.facts.system import System
@@ -80,7 +80,9 @@ def downloads_left_over(model: Model, system: System, files: tuple[FoundFile, ..
 def file_too_large_for_disk(hardware: Hardware) -> Problem | None:
     """The disk of the models can hold files of 8 GB."""
     disk = hardware.disks.get("models")
-    if disk is None or disk.max_file_bytes is None or disk.max_file_bytes > LARGEST_PART:
+    if disk is None:
+        raise CouldNotCheck("Nothing is known of the disk of the models.")
+    if disk.max_file_bytes is None or disk.max_file_bytes > LARGEST_PART:
         return None
     return Problem(
         f"{disk.path} cannot hold the model's files",
@@ -196,12 +198,20 @@ def cache_incomplete(hub_cache: HubCache) -> Iterator[Problem]:
             yield Problem(
                 f"{repo.repo} is not whole in Hugging Face's cache",
                 f"Wanted is every file of it; {'; '.join(lacks)}. Programs that load it offline stop at this.",
-                f"hf download {repo.repo}",
+                _again(repo),
                 severity="warning",
                 path=repo.path,
                 ref="B03" if repo.text_files else "B12" if repo.missing and not repo.unfinished else "B02",
                 evidence=(Evidence(repo.path, "; ".join(lacks), "a whole snapshot"),),
             )
+
+
+def _again(repo: CachedRepo) -> str:
+    """What fetches it: a file that is there is kept by the hub's tools, whatever it holds, unless they are forced."""
+    whole, names = f"hf download {repo.repo}", " ".join(f'"{name}"' for name in repo.text_files)
+    again = f"{whole} {names} --force-download"
+    rest = repo.missing or repo.broken_links or repo.unfinished
+    return f"{again} && {whole}" if names and rest else again if names else whole
 
 
 def _lacks(repo: CachedRepo) -> Iterator[str]:
@@ -225,7 +235,9 @@ def _some(names: Sequence[str]) -> str:
 @check("symlinks-not-allowed")
 def symlinks_not_allowed(system: System) -> Problem | None:
     """This user may make symbolic links, which Hugging Face's cache is made of."""
-    if system.symlinks is not False or _on(system, "HF_HUB_DISABLE_SYMLINKS"):
+    if system.symlinks is None:
+        raise CouldNotCheck("Whether this user may make symbolic links is not known.")
+    if system.symlinks or _on(system, "HF_HUB_DISABLE_SYMLINKS"):
         return None
     return Problem(
         "Windows does not let this user make symbolic links",
@@ -244,8 +256,10 @@ def xet_stalls(environment: Environment, system: System) -> Problem | None:
     from packaging.version import InvalidVersion, Version
 
     found = environment.packages.get("hf-xet")
+    if found is None:
+        raise CouldNotCheck(f"hf-xet is not installed in {environment.name}.")
     try:
-        if found is None or Version(found) >= Version(XET) or _on(system, "HF_HUB_DISABLE_XET"):
+        if Version(found) >= Version(XET) or _on(system, "HF_HUB_DISABLE_XET"):
             return None
     except InvalidVersion:
         return None
@@ -269,7 +283,8 @@ def xet_stalls(environment: Environment, system: System) -> Problem | None:
 @check("path-too-long")
 def path_too_long(system: System) -> Problem | None:
     """Windows can hold the paths of kleinctl's files."""
-    if system.long_paths is not False or len(system.home) + STORE_ADDS <= MAX_PATH:
+    _on_windows(system)
+    if system.long_paths or len(system.home) + STORE_ADDS <= MAX_PATH:
         return None
     return _too_long(system.home, STORE_ADDS, "set KLEINCTL_HOME to a shorter folder, such as C:\\klein")
 
@@ -277,9 +292,15 @@ def path_too_long(system: System) -> Problem | None:
 @check("cache-path-too-long")
 def cache_path_too_long(system: System, hub_cache: HubCache) -> Problem | None:
     """Windows can hold the paths of Hugging Face's cache."""
-    if system.long_paths is not False or len(hub_cache.path) + HUB_ADDS <= MAX_FOLDER:
+    _on_windows(system)
+    if system.long_paths or len(hub_cache.path) + HUB_ADDS <= MAX_FOLDER:
         return None
     return _too_long(hub_cache.path, HUB_ADDS, "set HF_HOME to a shorter folder, such as C:\\hf")
+
+
+def _on_windows(system: System) -> None:
+    if system.long_paths is None:
+        raise CouldNotCheck("Paths have this limit on Windows alone.")
 
 
 def _too_long(folder: str, adds: int, shorter: str) -> Problem:

@@ -6,19 +6,22 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from kleinctl.checks import check
+from kleinctl.checks import CouldNotCheck, check
+from kleinctl.checks.machine import chosen_card, known, without
 from kleinctl.environment import Environment, data, numbers, torch_build, unfit_torch
 from kleinctl.facts.probe import PROBE_SECONDS, Probe
 from kleinctl.facts.system import System
 from kleinctl.hardware import Hardware
 from kleinctl.problem import Evidence, KleinctlError, Problem, Remedy, Severity
 
-REFS = {
+#: Entries of the failure catalogue: what torch lacks for a card, and packages that do not go together.
+TORCH_REFS = {
     "torch-without-cuda": "A02",
     "torch-lacks-card": "A03",
     "torch-dropped-card": "A04",
     "driver-too-old": "A01",
-    "torch-versions-differ": "A21",
+}
+CLASH_REFS = {
     "optional-packages-mismatched": "A22",
     "transformers-clash": "A25",
     "hub-clash": "A26",
@@ -63,7 +66,7 @@ def _severity(environment: Environment) -> Severity:
     return "warning" if environment.name == "this" else "error"
 
 
-def _pip(environment: Environment, packages: str, index: str = "") -> tuple[str, Remedy | None]:
+def pip_line(environment: Environment, packages: str, index: str = "") -> tuple[str, Remedy | None]:
     """What to type to install packages, and what `doctor --fix` does."""
     if environment.managed:
         return "kleinctl install", Remedy("rebuild-environment", {"environment": environment.name})
@@ -78,7 +81,7 @@ def _pip(environment: Environment, packages: str, index: str = "") -> tuple[str,
     return line, Remedy("install-packages", arguments, "ask")
 
 
-def _torch_for(hardware: Hardware) -> tuple[str, str]:
+def torch_for(hardware: Hardware) -> tuple[str, str]:
     """What pip is asked for so that the three are for this card and driver, and where; nothing where there is no build.
 
     The tag of the build (`+cu130`) makes pip change a torch that has the right version and another tag.
@@ -92,9 +95,16 @@ def _torch_for(hardware: Hardware) -> tuple[str, str]:
 
 
 def _problem(
-    name: str, environment: Environment, what: str, why: str, packages: str, wanted: str, index: str = ""
+    name: str,
+    ref: str | None,
+    environment: Environment,
+    what: str,
+    why: str,
+    packages: str,
+    wanted: str,
+    index: str = "",
 ) -> Problem:
-    fix, remedy = _pip(environment, packages, index)
+    fix, remedy = pip_line(environment, packages, index)
     return Problem(
         what,
         why,
@@ -102,7 +112,7 @@ def _problem(
         name=name,
         severity=_severity(environment),
         path=str(environment.python),
-        ref=REFS.get(name),
+        ref=ref,
         evidence=(Evidence(f"packages of {environment.python}", why.rstrip("."), wanted),),
         remedy=remedy,
     )
@@ -114,23 +124,28 @@ def _problem(
 @check("torch-without-cuda")
 def torch_serves_the_card(environment: Environment, hardware: Hardware) -> Problem | None:
     """Each torch can use the card with its driver."""
-    if hardware.gpu is None or "torch" not in environment.packages:
-        return None
+    card = chosen_card(hardware).name
+    if "torch" not in environment.packages:
+        raise _nothing_of("torch", environment)
     unfit = unfit_torch(environment, hardware)
     if unfit is None:
         return None
     name, why = unfit
-    torch, card = environment.packages["torch"], hardware.gpu.name
+    torch = environment.packages["torch"]
     if name == "torch-dropped-card":
         why = why.replace("has no kernels for", "was not made for")
     what = {
         "torch-without-cuda": f"the torch {torch} of {_whose(environment)} cannot use {card}",
         "driver-too-old": f"the driver of {card} is too old for the torch of {_whose(environment)}",
     }.get(name, f"the torch {torch} of {_whose(environment)} does not cover {card}")
-    packages, index = _torch_for(hardware)
+    packages, index = torch_for(hardware)
     own = " kleinctl makes an environment of its own with one that can." if environment.name == "this" else ""
     wanted = f"a torch from {index}" if index else "a torch for this card"
-    return _problem(name, environment, what, why + own, packages, wanted, index)
+    return _problem(name, TORCH_REFS.get(name), environment, what, why + own, packages, wanted, index)
+
+
+def _nothing_of(package: str, environment: Environment) -> CouldNotCheck:
+    return CouldNotCheck(f"There is no {package} in {_whose(environment)}.")
 
 
 # Packages among themselves
@@ -140,15 +155,18 @@ def torch_serves_the_card(environment: Environment, hardware: Hardware) -> Probl
 def torch_versions(environment: Environment, hardware: Hardware) -> Iterator[Problem]:
     """torch, torchvision and torchaudio are of one build."""
     torch = environment.packages.get("torch")
-    if torch and hardware.gpu and unfit_torch(environment, hardware):
+    if torch is None:
+        raise _nothing_of("torch", environment)
+    if hardware.gpu and unfit_torch(environment, hardware):
         return  # all three are to be replaced
-    packages, index = _torch_for(hardware)
-    for name in ("torchvision", "torchaudio") if torch else ():
+    packages, index = torch_for(hardware)
+    for name in ("torchvision", "torchaudio"):
         found = environment.packages.get(name)
-        clash = torch and found and (_tags_differ(torch, found) or _not_a_pair(name, found, torch, environment))
+        clash = found and (_tags_differ(torch, found) or _not_a_pair(name, found, torch, environment))
         if clash:
             yield _problem(
                 "torch-versions-differ",
+                "A21",
                 environment,
                 f"{name} {found} does not belong to torch {torch} in {_whose(environment)}",
                 clash,
@@ -188,6 +206,7 @@ def packages_clash(environment: Environment, hardware: Hardware) -> Iterator[Pro
         optional = name == "optional-packages-mismatched"
         problem = _problem(
             name,
+            CLASH_REFS.get(name),
             environment,
             f"{' and '.join(owners)} and {' and '.join(targets)} of {_whose(environment)} do not go together",
             " ".join(why for *_, why in found),
@@ -300,45 +319,49 @@ def _marker_values(environment: Environment, hardware: Hardware) -> Mapping[str,
 def diffusers_too_old(environment: Environment) -> Problem | None:
     """diffusers knows FLUX.2 [klein]."""
     found = environment.packages.get("diffusers")
-    if found is None or _others(environment) or _has(found, ">=0.37"):
+    if found is None or _others(environment):
+        raise _nothing_of("diffusers that kleinctl would use", environment)
+    if _has(found, ">=0.37"):
         return None
     why = f"FLUX.2 [klein] came with diffusers 0.37.0; this is {found}."
-    problem = _problem(
+    return _problem(
         "diffusers-too-old",
+        "A24",
         environment,
         f"the diffusers of {_whose(environment)} is too old",
         why,
         "",
         "0.37.0 or newer",
     )
-    return replace(problem, ref="A24")
 
 
 @check("accelerate-missing")
 def accelerate_missing(environment: Environment) -> Problem | None:
     """diffusers has accelerate, which it needs to offload a model."""
     packages = environment.packages
-    if _others(environment) or "accelerate" in packages or not {"torch", "diffusers"} <= set(packages):
+    if _others(environment) or not {"torch", "diffusers"} <= set(packages):
+        raise _nothing_of("diffusers that kleinctl would use", environment)
+    if "accelerate" in packages:
         return None
-    problem = _problem(
+    return _problem(
         "accelerate-missing",
+        "A28",
         environment,
         f"accelerate is missing in {_whose(environment)}",
         f"diffusers {packages['diffusers']} needs it to keep parts of a model in RAM.",
         "accelerate",
         "accelerate",
     )
-    return replace(problem, ref="A28")
 
 
 # Two Pythons
 
 
 @check("packages-in-other-python")
-def packages_elsewhere(environment: Environment) -> Problem | None:
+def packages_elsewhere(environment: Environment, hardware: Hardware) -> Problem | None:
     """ComfyUI's Python has its own packages, and no other's."""
     if not _others(environment):
-        return None  # kleinctl runs its workers with -I, past both ways
+        raise CouldNotCheck("No ComfyUI's Python is known; kleinctl runs its workers with -I, past both ways.")
     if environment.packages and "torch" not in environment.packages:
         fix = f'"{environment.python}" -s -m pip install -r requirements.txt   # in ComfyUI\'s folder'
         return _elsewhere(
@@ -355,7 +378,7 @@ def packages_elsewhere(environment: Environment) -> Problem | None:
         environment,
         f"{_whose(environment)} takes packages from elsewhere",
         f"Mixed in are {mixed}; they may be of other versions than its own.",
-        "unset PYTHONPATH" if "PYTHONPATH" in environment.leaks else f'"{environment.python}" -s main.py',
+        without("PYTHONPATH", hardware) if "PYTHONPATH" in environment.leaks else f'"{environment.python}" -s main.py',
         "warning",
     )
 
@@ -374,15 +397,15 @@ def _elsewhere(environment: Environment, what: str, why: str, fix: str, severity
 
 
 @check("python-home-set")
-def python_home(system: System) -> Problem | None:
+def python_home(hardware: Hardware, system: System) -> Problem | None:
     """No variable sends Python to the library of another."""
-    value = system.variables.get("PYTHONHOME")
+    value = known(system).variables.get("PYTHONHOME")
     if not value:
         return None
     return Problem(
         "PYTHONHOME is set",
         f"Every Python on this machine takes its own library from {value}, and those of another version do not start.",
-        "unset PYTHONHOME",
+        without("PYTHONHOME", hardware),
         name="packages-in-other-python",
         severity="warning",
         ref="A32",
@@ -493,7 +516,7 @@ def _not_covered(probe: Probe, where: str, hardware: Hardware) -> Problem:
         _MEND.get(_kind(probe), "kleinctl doctor   # prints what to install"),
         name=name,
         severity="warning" if probe.environment == "this" else "error",
-        ref=REFS[name],
+        ref=TORCH_REFS[name],
         evidence=(Evidence(f"torch.cuda.get_arch_list() in {where}", ", ".join(probe.architectures), gpu.arch),),
         remedy=_rebuild(probe),
     )
@@ -502,7 +525,7 @@ def _not_covered(probe: Probe, where: str, hardware: Hardware) -> Problem:
 @check("home-writable")
 def home_writable(system: System) -> Problem | None:
     """kleinctl's folder can be written to."""
-    if not system.home_error:
+    if not known(system).home_error:
         return None
     return Problem(
         f"{system.home} cannot be written to",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from kleinctl.checks import check
 from kleinctl.facts.weights import FoundFile
@@ -17,7 +19,11 @@ BROKEN = {
     "lfs-pointer": ("weights-lfs-pointer", "a Git LFS pointer, not the file it stands for", "B03"),
     "web-page": ("weights-web-page", "a web page that was saved instead of the file", "B04"),
     "json": ("weights-json", "a JSON document, most likely a hub's error message", "B04"),
-    "zeros": ("weights-zeros", "nothing but zeros: a download that was prepared and never filled", "B04"),
+    "zeros": (
+        "weights-zeros",
+        "zeros where its weights should be: a download that was prepared and never filled",
+        "B04",
+    ),
     "empty": ("weights-empty", "empty", "B04"),
     "pickle": ("weights-pickle", "a pickle, which can run code when it is loaded and is never opened", "B04"),
     "unreadable": ("weights-unreadable", "not readable", None),
@@ -43,8 +49,22 @@ BELONGS = {
 #: Places whose files diffusers loads.
 DIFFUSERS = ("store", "hub-cache", "diffusers-folder")
 DIFFUSERS_FOLDERS = ("transformer", "text_encoder", "vae")
-KLEIN_REPO = "black-forest-labs/FLUX.2-klein-4B"
+#: The repository of diffusers' folders that each family is in.
+REPOS = {
+    "flux2-klein-4b": "black-forest-labs/FLUX.2-klein-4B",
+    "flux2-klein-9b": "black-forest-labs/FLUX.2-klein-9B",
+    "flux2-dev": "black-forest-labs/FLUX.2-dev",
+    "qwen3-4b": "black-forest-labs/FLUX.2-klein-4B",
+    "qwen3-8b": "black-forest-labs/FLUX.2-klein-9B",
+}
+#: Names that tell nothing without the folder they lie in.
+GENERIC = re.compile(r"(?:diffusion_pytorch_)?model(?:-\d{5}-of-\d{5})?\.safetensors")
 QUANTISED = ("fp8", "fp8-e5m2", "int8", "nvfp4")
+
+
+def called(path: Path) -> str:
+    """A file's name, with its folder's where every model has files of that name: `vae/model.safetensors`."""
+    return f"{path.parent.name}/{path.name}" if GENERIC.fullmatch(path.name) else path.name
 
 
 @check("weights-readable")
@@ -56,8 +76,8 @@ def weights_readable(found_file: FoundFile) -> Problem | None:
     name, words, ref = BROKEN[identity.kind]
     too_long = "too long" in identity.saw
     return Problem(
-        f"{found_file.path.name} is {'longer than its header says' if too_long else words}",
-        " ".join((_sentence(identity.saw), _size(found_file), *_stands_for(found_file))),
+        f"{called(found_file.path)} is {'longer than its header says' if too_long else words}",
+        " ".join(filter(None, (_sentence(identity.saw), _size(found_file), *_stands_for(found_file)))),
         _fix(found_file),
         name=name,
         severity="error" if _matters(found_file) else "warning",
@@ -75,23 +95,32 @@ def _matters(found: FoundFile) -> bool:
 
 
 def _size(found: FoundFile) -> str:
-    there = bytes_text(found.identity.size_bytes)
-    return f"It has {there} of {bytes_text(found.size_bytes)}." if found.size_bytes else f"It has {there}."
+    there, wanted = found.identity.size_bytes, found.size_bytes
+    if found.identity.kind == "unreadable":
+        return f"Wanted are {bytes_text(wanted)}." if wanted else ""
+    if wanted and there != wanted and bytes_text(there) == bytes_text(wanted):
+        return f"It has {there:,} of {wanted:,} bytes."
+    return f"It has {bytes_text(there)} of {bytes_text(wanted)}." if wanted else f"It has {bytes_text(there)}."
 
 
 def _stands_for(found: FoundFile) -> Iterator[str]:
     saw = found.identity.saw.lower()
     if any(word in saw for word in GATED):
         yield "The repository it came from wants its licence accepted, or is another one than klein's."
-    if found.identity.kind in ("lfs-pointer", "truncated") and found.content:
+    if found.identity.kind in ("lfs-pointer", "truncated") and found.content and found.content.lower() not in saw:
         yield f"The file itself is {found.content}."
 
 
 def _fix(found: FoundFile) -> str:
-    if found.identity.kind == "unreadable":
+    if found.identity.kind == "unreadable" and found.place != "hub-cache":
         return f'ls -l "{found.path}"   # then let this user read it, or mend the link'
     if found.identity.kind == "lfs-pointer" and not found.fix:
         return f'git -C "{found.path.parent}" lfs pull   # or fetch it from the hub again'
+    repo = REPOS.get(found.identity.family)
+    if found.place == "diffusers-folder" and repo and found.folder in DIFFUSERS_FOLDERS:
+        folder = found.path.parent
+        repo = repo.replace("klein-", "klein-base-") if "base" in folder.parent.name.lower() else repo
+        return f'hf download {repo} {folder.name}/{found.path.name} --local-dir "{folder.parent}" --force-download'
     return found.fix or "fetch it again from where it came (the hub's /resolve/ address), then: kleinctl doctor"
 
 
@@ -118,17 +147,16 @@ def _wrong(found: FoundFile, role: str, name: str = "") -> Problem | None:
     if found.role != role or not _is_wrong(found):
         return None
     identity = found.identity
-    called = ROLES[role]
-    wanted = title(found.family) if identity.role == role else f"a {called}, {title(found.family)}".rstrip(", ")
+    wanted = title(found.family) if identity.role == role else f"a {ROLES[role]}, {title(found.family)}".rstrip(", ")
     belongs = f" It belongs to {BELONGS[identity.family]}." if identity.family in BELONGS else ""
     return Problem(
-        f"{found.path.name} is not the {called} of {found.model or found.path.parent.parent.name}",
+        f"{found.path.name} is not the {ROLES[role]} of {found.model or found.path.parent.parent.name}",
         f"Wanted is {wanted}; this file shows {identity.saw.rstrip('.')}.{belongs}",
         _fix(found),
         name=name,
         path=str(found.path),
         remedy=_fetch(found),
-        ref=REFS.get(identity.family, "C09" if role == "vae" else "B16"),
+        ref=REFS.get(identity.family, "B16") if role == "text-encoder" else "C09" if role == "vae" else "B16",
         evidence=(Evidence(str(found.path), identity.saw, wanted),),
     )
 
@@ -151,7 +179,7 @@ def vae_decoder_only(found_file: FoundFile) -> Problem | None:
     if not decoder or found_file.role != "vae":
         return None
     return Problem(
-        f"{found_file.path.name} is a decoder only, not a whole VAE",
+        f"{called(found_file.path)} is a decoder only, not a whole VAE",
         f"Wanted is the FLUX.2 VAE with encoder and decoder; this file shows {found_file.identity.saw.rstrip('.')}. "
         "Loading it as a VAE fails or, at best, pictures cannot be edited.",
         _fix(found_file),
@@ -184,6 +212,33 @@ def wrong_content(found_file: FoundFile) -> Problem | None:
     )
 
 
+@check("content-known")
+def content_known(found_file: FoundFile) -> Problem | None:
+    """What lies under the name of a part is something that is known."""
+    found, identity = found_file, found_file.identity
+    if (
+        not found.part
+        or not identity.whole
+        or identity.family != "unknown"
+        or identity.role not in (found.role, "unknown")
+    ):
+        return None
+    if found.sha256 and found.sha256 in found.wanted_sha256:
+        return None
+    return Problem(
+        f"{called(found.path)} is not known to be {title(found.family)}",
+        f"Wanted is {title(found.family)}, as the name says; this file shows {identity.saw.rstrip('.')}. A build that "
+        "kleinctl does not know may be right; any other model is not.",
+        _fix(found),
+        name="wrong-content",
+        path=str(found.path),
+        severity="error" if found.place == "store" else "warning",
+        ref="B16",
+        evidence=(Evidence(str(found.path), identity.saw, title(found.family)),),
+        remedy=_fetch(found),
+    )
+
+
 @check("wrong-variant")
 def wrong_variant(found_file: FoundFile) -> Problem | None:
     """No base weights lie where distilled ones are wanted, nor the reverse."""
@@ -193,6 +248,7 @@ def wrong_variant(found_file: FoundFile) -> Problem | None:
         return None
     by = {
         "sha256": "its sha256, so this is certain",
+        "fingerprint": "the first bytes of some of its tensors, so this is certain",
         "size": f"its length of {found.identity.size_bytes:,} bytes, which no other part has",
         "pointer": "the sha256 that the pointer names",
     }[found.content_by]
@@ -204,7 +260,7 @@ def wrong_variant(found_file: FoundFile) -> Problem | None:
         f"Run {advice}, as {wanted} weights are, it draws badly.",
         found.fix if found.part else f'rename "{found.path}" to what it is, and use it so',
         path=str(found.path),
-        severity="error" if found.content_by == "sha256" else "warning",
+        severity="error" if found.content_by in ("sha256", "fingerprint") else "warning",
         ref="C18",
         evidence=(Evidence(str(found.path), f"{found.content} by {found.content_by}", f"{wanted} weights"),),
         remedy=_fetch(found),
@@ -240,20 +296,25 @@ def _in_diffusers(found: FoundFile) -> bool:
 
 def _quantised(found: FoundFile) -> bool:
     """Whether a file in a folder of diffusers has weights that only ComfyUI reads."""
-    facts, dtype = found.identity.facts, found.identity.dtype or ""
-    scales = facts.scales if isinstance(facts, (Transformer, TextEncoder)) else None
     gguf = found.identity.kind == "gguf"
-    return _in_diffusers(found) and (gguf or scales is not None or dtype in QUANTISED)
+    return _in_diffusers(found) and (gguf or _scales(found) is not None or found.identity.dtype in QUANTISED)
+
+
+def _scales(found: FoundFile) -> str | None:
+    facts = found.identity.facts
+    return facts.scales if isinstance(facts, (Transformer, TextEncoder)) else None
 
 
 def _for_comfyui(found: FoundFile) -> Problem:
     identity = found.identity
     how = f"{'GGUF, ' if identity.kind == 'gguf' else ''}{identity.dtype}"
+    for_comfyui = _scales(found) != "unmarked"
+    move = f'move "{found.path.name}" to ComfyUI/models/{_kind(found)}'
     return Problem(
-        f"{found.path.name} is quantised ({how}) and lies where diffusers looks",
-        f"Wanted is bf16; this file shows {identity.saw.rstrip('.')}, in {how} with scales that diffusers does not "
-        "read: noise, or an error about unexpected keys. ComfyUI reads it.",
-        found.fix or f'move "{found.path.name}" to ComfyUI/models/{_kind(found)}, and: kleinctl install',
+        f"{called(found.path)} is quantised ({how}) and lies where diffusers looks",
+        f"Wanted is bf16; this file shows {identity.saw.rstrip('.')}. diffusers does not read such weights: noise, or "
+        f"an error about unexpected keys.{' ComfyUI reads them.' if for_comfyui else ''}",
+        found.fix or (f"{move}, and: kleinctl install" if for_comfyui else "kleinctl install"),
         name="fp8-in-diffusers",
         path=str(found.path),
         ref="C14",
@@ -267,19 +328,49 @@ def _kind(found: FoundFile) -> str:
 
 
 def _single_file(found: FoundFile) -> Problem | None:
-    """A transformer under Black Forest Labs' own names: diffusers takes every FLUX.2 of that kind for [dev]."""
+    """A transformer or VAE under Black Forest Labs' own names, which diffusers' `from_pretrained` does not know."""
     identity = found.identity
-    if identity.role != "transformer" or identity.layout != "single-file" or identity.family == "unknown":
+    if identity.layout != "single-file" or not identity.family.startswith("flux2"):
         return None
+    if identity.role == "transformer" and found.folder == "transformer":
+        effect = "which diffusers takes for FLUX.2 [dev]"
+        wanted, seen, loader = "context_embedder", "txt_in, double_blocks", "Flux2Transformer2DModel"
+    elif isinstance(identity.facts, Vae) and identity.facts.encoder and found.folder == "vae":
+        effect = "and diffusers leaves its own at random values: pictures are noise"
+        wanted, seen, loader = "decoder.up_blocks", "decoder.up", "AutoencoderKLFlux2"
+    else:
+        return None
+    repo = REPOS.get(identity.family, REPOS["flux2-klein-4b"])
+    by_hand = f'{loader}.from_single_file("{found.path}", config="{repo}", subfolder="{found.folder}")   # in Python'
     return Problem(
-        f"{found.path.name} has ComfyUI's layout and lies where diffusers looks",
-        f"Wanted are diffusers' names of tensors; this file shows {identity.saw.rstrip('.')}, under the names of "
-        "Black Forest Labs. diffusers takes every such file for FLUX.2 [dev].",
-        found.fix or f'from_single_file("{found.path.name}", config="{KLEIN_REPO}", subfolder="transformer")',
+        f"{called(found.path)} has ComfyUI's layout and lies where diffusers looks",
+        f"Wanted are diffusers' names of tensors; this file shows {identity.saw.rstrip('.')}. Its tensors have the "
+        f"names of Black Forest Labs, {effect}.",
+        found.fix or by_hand,
         name="single-file-config",
         path=str(found.path),
         ref="C13",
-        evidence=(Evidence(str(found.path), "txt_in, double_blocks: single file", "context_embedder: diffusers"),),
+        evidence=(Evidence(str(found.path), f"{seen}: single file", f"{wanted}: diffusers"),),
+        remedy=_fetch(found),
+    )
+
+
+@check("diffusers-file-in-comfyui")
+def diffusers_file_in_comfyui(found_file: FoundFile) -> Problem | None:
+    """No FLUX.2 transformer in a ComfyUI has the layout of diffusers."""
+    found, identity = found_file, found_file.identity
+    flux2 = identity.role == "transformer" and identity.family.startswith("flux2") and identity.whole
+    if not flux2 or identity.layout != "diffusers" or found.folder != "diffusion_models" or _is_wrong(found):
+        return None  # a ComfyUI's folder "diffusers" is for these
+    return Problem(
+        f"{called(found.path)} has diffusers' layout and lies in a ComfyUI",
+        f"Wanted are Black Forest Labs' names of tensors; this file shows {identity.saw.rstrip('.')}. Its tensors have "
+        "diffusers' names, and ComfyUI's loader stops with KeyError: 'x_embedder.bias'.",
+        found.fix or f'kleinctl identify "{found.path}"   # and load a file whose layout is single-file',
+        path=str(found.path),
+        severity="error" if found.part else "warning",
+        ref="B16",
+        evidence=(Evidence(str(found.path), "transformer_blocks: diffusers", "double_blocks: single file"),),
         remedy=_fetch(found),
     )
 

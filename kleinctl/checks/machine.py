@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from kleinctl.checks import check
+from kleinctl.checks import CouldNotCheck, check
 from kleinctl.facts.comfyui import ComfyUI
 from kleinctl.facts.system import System, WslConfig
 from kleinctl.hardware import Gpu, Hardware
@@ -34,6 +34,34 @@ NO_CUDA_MALLOC = re.compile(
     r"GTX (TITAN X|9[5-8]0|75\d|745|8[56]0M|16[35]0)\b|9[1-4][05]M\b|8[34]0M\b|MX1[13]0\b"
     r"|Quadro (K620|K1200|K2200|M\d{3,4})\b|Tesla M(4|6|10|40|60)\b"
 )
+
+
+def chosen_card(hardware: Hardware) -> Gpu:
+    """The card that would be used; without one there is nothing to look at."""
+    if hardware.gpu is None:
+        raise CouldNotCheck("There is no NVIDIA card to use.")
+    return hardware.gpu
+
+
+def known(system: System) -> System:
+    """The system; a document of an old kind says nothing of it."""
+    if system == System():
+        raise CouldNotCheck("Nothing is known of the system around the card.")
+    return system
+
+
+def with_arguments(comfyui: ComfyUI) -> ComfyUI:
+    """A ComfyUI of which it is known how it is started."""
+    if not comfyui.arguments:
+        raise CouldNotCheck(f"No script or setting says with which arguments {comfyui.name} is started.")
+    return comfyui
+
+
+def without(variable: str, hardware: Hardware) -> str:
+    """How to get rid of a variable, as a line to paste."""
+    if hardware.platform == "win32":
+        return rf"reg delete HKCU\Environment /v {variable} /f   # then open a new terminal"
+    return f"unset {variable}"
 
 
 # The driver
@@ -185,7 +213,11 @@ _NVML = {"driver-library-mismatch": _mismatch, "no-permission": _no_permission, 
 @check("no-driver")
 def libcuda_found(hardware: Hardware, system: System) -> Problem | None:
     """The driver's library for programs, libcuda, can be found."""
-    if not hardware.gpus or system.libcuda is not False:
+    if not hardware.gpus:
+        raise CouldNotCheck("There is no NVIDIA card.")
+    if system.libcuda is None:
+        raise CouldNotCheck("Nothing is known of libcuda.")
+    if system.libcuda:
         return None
     library = "nvcuda.dll" if hardware.platform == "win32" else "libcuda.so.1"
     folder = "/usr/lib/wsl/lib" if hardware.wsl else "/run/opengl-driver/lib" if "NixOS" in hardware.os else ""
@@ -205,8 +237,10 @@ def libcuda_found(hardware: Hardware, system: System) -> Problem | None:
 @check("container-without-gpu")
 def container_passes_the_card(hardware: Hardware, system: System) -> Problem | None:
     """A container that has the card has all of its device files."""
+    if not hardware.container or not hardware.gpus:
+        raise CouldNotCheck("There is no NVIDIA card." if hardware.container else "This is no container.")
     lacking = [node for node in ("/dev/nvidiactl", "/dev/nvidia-uvm") if node not in system.device_nodes]
-    if hardware.gpus and hardware.container and not hardware.wsl and system.device_nodes and lacking:
+    if not hardware.wsl and system.device_nodes and lacking:
         return Problem(
             f"this {hardware.container} container lacks {' and '.join(lacking)}",
             f"The card was passed on in part: found are {', '.join(system.device_nodes)}. CUDA does not start without.",
@@ -228,12 +262,16 @@ def torch_is_made_for_it(hardware: Hardware) -> Problem | None:
         found = error.problem
         return replace(
             found,
-            name={"A01": "driver-too-old", "A04": "torch-dropped-card"}.get(found.ref or "", found.name),
+            name=_NO_BUILD.get(found.ref or "", found.name),
             severity="error" if hardware.gpu else "warning",
             fix=f"{found.fix} in Windows" if hardware.wsl and found.ref == "A01" else found.fix,
             evidence=_build_evidence(hardware, found.ref),
         )
     return None
+
+
+#: What a build that is lacking is called where the card or its driver is the cause.
+_NO_BUILD = {"A01": "driver-too-old", "A03": "torch-lacks-card", "A04": "torch-dropped-card"}
 
 
 def _build_evidence(hardware: Hardware, ref: str | None) -> tuple[Evidence, ...]:
@@ -250,6 +288,8 @@ def _build_evidence(hardware: Hardware, ref: str | None) -> tuple[Evidence, ...]
 @check("card-hidden")
 def card_hidden(hardware: Hardware, system: System) -> Problem | None:
     """CUDA_VISIBLE_DEVICES keeps no card from programs that is better than those it shows."""
+    if not hardware.gpus:
+        raise CouldNotCheck("There is no NVIDIA card.")
     hidden = [gpu for gpu in hardware.gpus if gpu.hidden]
     shown = [gpu for gpu in hardware.gpus if not gpu.hidden]
     if not hidden or max(gpu.vram_bytes for gpu in hidden) <= max((gpu.vram_bytes for gpu in shown), default=0):
@@ -260,9 +300,7 @@ def card_hidden(hardware: Hardware, system: System) -> Problem | None:
     return Problem(
         f"{best.name} is hidden",
         f"The variable CUDA_VISIBLE_DEVICES is {value!r} and keeps it from programs that use CUDA. {rest}",
-        'setx CUDA_VISIBLE_DEVICES ""   # then open a new terminal'
-        if hardware.platform == "win32"
-        else "unset CUDA_VISIBLE_DEVICES",
+        without("CUDA_VISIBLE_DEVICES", hardware),
         severity="warning" if shown else "error",
         ref="A15",
         evidence=(Evidence("CUDA_VISIBLE_DEVICES", value, "not set"),),
@@ -272,8 +310,8 @@ def card_hidden(hardware: Hardware, system: System) -> Problem | None:
 @check("several-cards")
 def several_cards(hardware: Hardware, system: System) -> Problem | None:
     """Of several cards, the best is the one that is used."""
-    shown, used = [gpu for gpu in hardware.gpus if not gpu.hidden and gpu.vram_bytes], hardware.gpu
-    if used is None or len(shown) < 2:
+    shown, used = [gpu for gpu in hardware.gpus if not gpu.hidden and gpu.vram_bytes], chosen_card(hardware)
+    if len(shown) < 2:
         return None
     largest = max(shown, key=lambda gpu: gpu.vram_bytes)
     if largest.vram_bytes > used.vram_bytes:
@@ -292,7 +330,9 @@ def several_cards(hardware: Hardware, system: System) -> Problem | None:
         return Problem(
             f"CUDA_VISIBLE_DEVICES={numbered[0].strip()} may mean another card than you think",
             "CUDA counts cards by speed, nvidia-smi by slot. kleinctl names a card by its UUID; other programs do not.",
-            "export CUDA_DEVICE_ORDER=PCI_BUS_ID",
+            "setx CUDA_DEVICE_ORDER PCI_BUS_ID   # then open a new terminal"
+            if hardware.platform == "win32"
+            else "export CUDA_DEVICE_ORDER=PCI_BUS_ID",
             severity="warning",
             ref="A15",
             evidence=(Evidence("CUDA_DEVICE_ORDER", order, "PCI_BUS_ID"),),
@@ -303,6 +343,8 @@ def several_cards(hardware: Hardware, system: System) -> Problem | None:
 @check("mig-slice")
 def mig_slice(hardware: Hardware, system: System) -> Problem | None:
     """A card that is cut into slices (MIG) has one to use."""
+    if not hardware.gpus:
+        raise CouldNotCheck("There is no NVIDIA card.")
     cut = next((gpu for gpu in hardware.gpus if gpu.mig.enabled), None)
     if cut is None:
         return None
@@ -333,8 +375,10 @@ def mig_slice(hardware: Hardware, system: System) -> Problem | None:
 @check("vram-taken")
 def vram_taken(hardware: Hardware) -> Problem | None:
     """Other programs leave the card most of its memory."""
-    gpu = hardware.gpu
-    if gpu is None or gpu.vram_free_bytes >= 0.75 * gpu.vram_bytes:
+    gpu = chosen_card(hardware)
+    if not gpu.vram_bytes:
+        raise CouldNotCheck(f"The driver does not say how much memory {gpu.name} has.")
+    if gpu.vram_free_bytes >= 0.75 * gpu.vram_bytes:
         return None
     users = [p for p in gpu.processes if p.vram_bytes][:3] or list(gpu.processes[:5])
     named = ", ".join(f"{p.name} (pid {p.pid}){f' {gib(p.vram_bytes)}' if p.vram_bytes else ''}" for p in users)
@@ -343,7 +387,7 @@ def vram_taken(hardware: Hardware) -> Problem | None:
     return Problem(
         f"{gib(gpu.vram_bytes - gpu.vram_free_bytes)} of {gpu.name}'s {gib(gpu.vram_bytes)} of VRAM are taken",
         said if named else "The driver does not say by whom.",
-        "close them, then: kleinctl doctor",
+        "close them, then: kleinctl doctor" if named else "nvidia-smi   # names programs, where it may; close them",
         severity="warning",
         ref="A16",
         evidence=(
@@ -360,8 +404,8 @@ def _held_by(gpu: Gpu) -> str:
 @check("no-bf16")
 def no_bf16(hardware: Hardware) -> Problem | None:
     """The card computes in bf16, the precision of the weights."""
-    gpu = hardware.gpu
-    if gpu is None or gpu.bf16:
+    gpu = chosen_card(hardware)
+    if gpu.bf16:
         return None
     return Problem(
         f"{gpu.name} does not compute in bf16",
@@ -376,9 +420,12 @@ def no_bf16(hardware: Hardware) -> Problem | None:
 @check("no-fp8-maths")
 def no_fp8_maths(hardware: Hardware, comfyui: ComfyUI) -> Problem | None:
     """ComfyUI is not told to calculate in fp8 on a card that cannot."""
-    gpu = hardware.gpu
-    asked = next((each for each in ("--supports-fp8-compute", "fp8_matrix_mult") if each in comfyui.arguments), None)
-    if gpu is None or gpu.capability >= (8, 9) or asked is None:
+    gpu = chosen_card(hardware)
+    asked = next(
+        (each for each in ("--supports-fp8-compute", "fp8_matrix_mult") if each in with_arguments(comfyui).arguments),
+        None,
+    )
+    if gpu.capability >= (8, 9) or asked is None:
         return None
     forced = asked == "--supports-fp8-compute"
     follows = "It will stop at the first layer." if forced else "fp8 weights save memory here, not time."
@@ -401,14 +448,15 @@ def no_fp8_maths(hardware: Hardware, comfyui: ComfyUI) -> Problem | None:
 def cuda_malloc(hardware: Hardware, system: System) -> Problem | None:
     """The asynchronous allocator of CUDA is not asked for on a card that lacks it."""
     names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-    asked = next((name for name in names if "cudaMallocAsync" in system.variables.get(name, "")), None)
-    if hardware.gpu is None or asked is None or not NO_CUDA_MALLOC.search(hardware.gpu.name):
+    asked = next((name for name in names if "cudaMallocAsync" in known(system).variables.get(name, "")), None)
+    gpu = chosen_card(hardware)
+    if asked is None or not NO_CUDA_MALLOC.search(gpu.name):
         return None
     return Problem(
-        f"{hardware.gpu.name} does not support cudaMallocAsync",
+        f"{gpu.name} does not support cudaMallocAsync",
         f"{asked}={system.variables[asked]} asks for it; ComfyUI's own list has this card among those that answer with "
         "`CUDA error: operation not supported`.",
-        f"unset {asked}",
+        without(asked, hardware),
         name="cuda-malloc-unsupported",
         ref="A29",
         evidence=(Evidence(asked, system.variables[asked], "no cudaMallocAsync"),),
@@ -418,9 +466,7 @@ def cuda_malloc(hardware: Hardware, system: System) -> Problem | None:
 @check("card-throttled")
 def card_throttled(hardware: Hardware, system: System) -> Problem | None:
     """Nothing holds the card back: heat, power, the battery, a narrow link."""
-    gpu = hardware.gpu
-    if gpu is None:
-        return None
+    gpu = chosen_card(hardware)
     battery = system.battery
     on_battery = "Laptop" in gpu.name and battery is not None and not battery.plugged_in
     held = [_HELD_BY[reason] for reason in gpu.throttled if reason in _HELD_BY]
@@ -456,7 +502,9 @@ _HELD_BY = {"heat": "it is too hot and runs slower", "hardware": "its power supp
 def wsl_memory(hardware: Hardware, system: System) -> Problem | None:
     """WSL gives Linux enough of the computer's memory."""
     has = hardware.ram_bytes + hardware.swap_bytes
-    if not hardware.wsl or not hardware.ram_bytes or has >= LOADING_BYTES:
+    if not hardware.wsl or not hardware.ram_bytes:
+        raise CouldNotCheck("Nothing is known of its memory." if hardware.wsl else "This is not WSL.")
+    if has >= LOADING_BYTES:
         return None
     config = system.wslconfig
     changeable = config is not None and not config.memory_bytes and not wslconfig_ignored.function(hardware, system)
@@ -487,7 +535,7 @@ def wslconfig_ignored(hardware: Hardware, system: System) -> Problem | None:
     """What `.wslconfig` asks for is what WSL does."""
     config = system.wslconfig
     if config is None:
-        return None
+        raise CouldNotCheck("The folder of the Windows user was not found." if hardware.wsl else "This is not WSL.")
     if not config.exists and config.misnamed:
         return _ignored(
             config,
@@ -538,7 +586,9 @@ def _ignored(config: WslConfig, what: str, why: str, fix: str, remedy: Remedy | 
 def page_file_too_small(hardware: Hardware) -> Problem | None:
     """Windows can promise programs the memory that loading asks for."""
     free = hardware.commit_free_bytes
-    if free is None or free >= COMMIT_BYTES:
+    if free is None:
+        raise CouldNotCheck(_not_windows(hardware))
+    if free >= COMMIT_BYTES:
         return None
     return Problem(
         "Windows has little memory left to promise",
@@ -551,11 +601,17 @@ def page_file_too_small(hardware: Hardware) -> Problem | None:
     )
 
 
+def _not_windows(hardware: Hardware) -> str:
+    return "Windows did not say." if hardware.platform == "win32" else "This is not Windows."
+
+
 @check("vc-runtime-missing")
-def vc_runtime_missing(system: System) -> Problem | None:
+def vc_runtime_missing(hardware: Hardware, system: System) -> Problem | None:
     """Windows has the Visual C++ runtime that torch's libraries want."""
     found = system.vc_runtime
-    if found is None or tuple(map(int, re.findall(r"\d+", found)))[:2] >= VC_RUNTIME:
+    if found is None:
+        raise CouldNotCheck(_not_windows(hardware))
+    if tuple(map(int, re.findall(r"\d+", found)))[:2] >= VC_RUNTIME:
         return None
     wanted = "{}.{}".format(*VC_RUNTIME)
     return Problem(
@@ -574,6 +630,7 @@ def vc_runtime_missing(system: System) -> Problem | None:
 @check("path-trouble")
 def path_trouble(hardware: Hardware, system: System) -> Problem | None:
     """kleinctl's folder lies where programs get along: on a disk of this machine, under a plain name."""
+    known(system)
     disk = hardware.disks.get("envs")
     kind = _WSL_DISK if hardware.wsl and disk and disk.filesystem in ("9p", "drvfs") else None
     kind = kind or ("a network disk" if disk and disk.network else None)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kleinctl.checks import check
-from kleinctl.checks.files import BELONGS
+from kleinctl.checks.files import BELONGS, REFS, called
 from kleinctl.facts.comfyui import ComfyUI
 from kleinctl.facts.weights import DiffusersFolder, FoundFile
 from kleinctl.identify import Lora, TextEncoder, Transformer, Vae, encoder_title, title
@@ -18,7 +19,6 @@ LAYERS_READ = 3
 PATCH = 4
 #: The text encoder that each FLUX.2 was trained with.
 ENCODERS = {"flux2-klein-4b": "qwen3-4b", "flux2-klein-9b": "qwen3-8b", "flux2-dev": "mistral-small"}
-REFS = {"qwen3-4b": "C05", "qwen3-8b": "C01", "mistral-small": "C02", "t5-xxl": "C04", "qwen3-vl": "C06"}
 #: Pipelines of diffusers that read klein's folders.
 KLEIN_PIPELINES = ("Flux2KleinPipeline", "Flux2KleinKVPipeline", "Flux2KleinInpaintPipeline")
 
@@ -35,7 +35,7 @@ def text_encoder_width(transformer: Transformer, text_encoder: TextEncoder) -> P
     name = "text-encoder-width" if text_encoder.width != width else "wrong-text-encoder"
     belongs = f" It belongs to {BELONGS[text_encoder.family]}." if text_encoder.family in BELONGS else ""
     return Problem(
-        what=f"{text_encoder.path.name} does not fit {transformer.path.name}",
+        what=f"{called(text_encoder.path)} does not fit {called(transformer.path)}",
         why=f"The transformer is {title(transformer.family)} and needs {encoder_title(width)}; "
         f"this file is {text_encoder.title}.{belongs} Its VAE is not concerned.",
         fix=_fix(transformer),
@@ -58,7 +58,7 @@ def vae_channels(transformer: Transformer, vae: Vae) -> Problem | None:
     if found == wanted and not (flux2 and vae.family != "flux2-vae"):
         return None
     return Problem(
-        what=f"{vae.path.name} does not fit {transformer.path.name}",
+        what=f"{called(vae.path)} does not fit {called(transformer.path)}",
         why=f"The transformer is {title(transformer.family)} and reads latents of {wanted} channels; "
         f"this VAE is {title(vae.family)} and makes {found}.",
         fix=_fix(transformer),
@@ -170,18 +170,52 @@ def folder_variant(diffusers_folder: DiffusersFolder) -> Problem | None:
     """A diffusers folder says of its transformer what it is: distilled or base."""
     folder = diffusers_folder
     said = "distilled" if folder.is_distilled else "base"
-    if not folder.variant or folder.variant == said or folder.class_name != "Flux2KleinPipeline":
+    variant = folder.variant or _variant_by_name(folder.path.name)
+    if not variant or variant == said or folder.class_name != "Flux2KleinPipeline":
         return None
-    index = folder.path / "model_index.json"
+    index, wanted = folder.path / "model_index.json", str(variant == "distilled").lower()
+    known = (
+        "the content of the transformer is known and is" if folder.variant else "the folder's name, which may err, says"
+    )
     return Problem(
-        f"{folder.path.name} has {folder.variant} weights and is marked as {said}",
-        f'Wanted is "is_distilled": {str(folder.variant == "distilled").lower()} in model_index.json, for the sha256 '
-        f"of the transformer is that of the {folder.variant} variant; found is the opposite.",
-        f'set "is_distilled": {str(folder.variant == "distilled").lower()} in {index}',
+        f"{folder.path.name} {'has' if folder.variant else 'is named for'} {variant} weights and is marked as {said}",
+        f'Wanted is "is_distilled": {wanted} in model_index.json, for {known} the {variant} variant; found is the '
+        "opposite.",
+        f'set "is_distilled": {wanted} in {index}',
         name="wrong-variant",
+        severity="error" if folder.variant else "warning",
         path=str(index),
         ref="C18",
-        evidence=(Evidence(str(index), said, folder.variant),),
+        evidence=(Evidence(str(index), said, variant),),
+    )
+
+
+def _variant_by_name(name: str) -> str:
+    """What a folder called as the hub's repositories are has in it."""
+    found = re.fullmatch(r"(?:.*[-_])?flux\.?2-klein-(base-)?[49]b", name.lower())
+    return "" if not found else "base" if found[1] else "distilled"
+
+
+@check("folder-transformer")
+def folder_transformer(diffusers_folder: DiffusersFolder, files: tuple[FoundFile, ...]) -> Problem | None:
+    """The transformer in a folder that asks for klein's pipeline is klein's."""
+    folder = diffusers_folder
+    if folder.class_name not in KLEIN_PIPELINES:
+        return None
+    own = [each for each in files if each.path.parent == folder.path / "transformer" and each.identity.whole]
+    other = next((each for each in own if not each.identity.family.startswith("flux2")), None)
+    if other is None or other.part:
+        return None
+    known = other.identity.family != "unknown"
+    return Problem(
+        f"{called(other.path)} is not {'' if known else 'known to be '}a transformer of klein",
+        f"Wanted by {folder.class_name} is FLUX.2 [klein]; this file shows {other.identity.saw.rstrip('.')}.",
+        "kleinctl install   # a whole copy in kleinctl's store; this folder stays as it is",
+        name="wrong-transformer" if known else "wrong-content",
+        severity="error" if known else "warning",
+        path=str(other.path),
+        ref="B16",
+        evidence=(Evidence(str(other.path), other.identity.saw, "FLUX.2 [klein]"),),
     )
 
 
@@ -225,7 +259,9 @@ def folder_kv(diffusers_folder: DiffusersFolder) -> Problem | None:
 
 
 def _fix(transformer: Transformer) -> str:
-    return f"kleinctl install --model {transformer.model}" if transformer.model else "kleinctl models"
+    own = "   # a whole copy in kleinctl's store; this folder stays as it is"
+    own = own if transformer.path.parent.name == "transformer" else ""
+    return f"kleinctl install --model {transformer.model}{own}" if transformer.model else "kleinctl models"
 
 
 def _fetch(transformer: Transformer, part: str, path: Path) -> Remedy | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kleinctl import memory
-from kleinctl.checks import Check, check, run_checks
+from kleinctl.checks import Check, CouldNotCheck, check, run_checks
 from kleinctl.problem import Evidence, Problem
 from kleinctl.units import GIB, MIB, bytes_text, gib, seconds_text
 
@@ -260,6 +260,8 @@ def slow_disk(hardware: Hardware, model: Model) -> Problem | None:
             "kleinctl run --count 4   # loads once for several pictures",
             Evidence("memory (RAM)", gib(hardware.ram_bytes), gib(weights)),
         )
+    if disk is None or (disk.rotational is None and not disk.network):
+        raise CouldNotCheck("The system does not say what kind of disk the models are on.")
     return None
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from kleinctl.checks import check, pairing
-from kleinctl.checks.comfyui import gguf_problem, is_kv, older, update
+from kleinctl.checks import CouldNotCheck, check, pairing
+from kleinctl.checks.comfyui import PARTS, gguf_problem, is_kv, older, update
 from kleinctl.facts.comfyui import ComfyUI, catalogue
 from kleinctl.facts.weights import FoundFile
 from kleinctl.facts.workflow import Node, Workflow
@@ -28,6 +28,7 @@ GRID, TILE, OVERLAP = 16, 512, 64
 #: What `identify` calls klein's transformers; `unknown` is one it cannot tell.
 KLEINS = ("flux2-klein-4b", "flux2-klein-9b", "unknown")
 ROLES = {"transformer": "transformer", "text-encoder": "text encoder", "vae": "VAE", "lora": "LoRA"}
+LOADERS = {"transformer": "UNETLoader", "text-encoder": "CLIPLoader", "vae": "VAELoader", "lora": "LoraLoader"}
 WRONG = {
     "transformer": "wrong-transformer",
     "text-encoder": "wrong-text-encoder",
@@ -68,10 +69,18 @@ class Run:
         return _number(found[0]) if found else None
 
 
+def readable(workflow: Workflow) -> Workflow:
+    """The workflow; of one that cannot be read nothing else can be said."""
+    if workflow.error:
+        raise CouldNotCheck("The workflow cannot be read.")
+    return workflow
+
+
 class Graph:
     """The nodes of a workflow that are run, and how they hang together."""
 
     def __init__(self, workflow: Workflow) -> None:
+        readable(workflow)
         self.path = workflow.path
         self.nodes = {each.id: each for each in workflow.nodes if not each.muted}
 
@@ -135,7 +144,7 @@ def workflow_unreadable(workflow: Workflow) -> Problem | None:
 @check("workflow-not-api")
 def workflow_not_api(workflow: Workflow) -> Problem | None:
     """The workflow is in the form that ComfyUI's server takes."""
-    if workflow.format != "ui":
+    if readable(workflow).format != "ui":
         return None
     return Problem(
         f"{_last(workflow.path)} is in the form that the page saves",
@@ -152,7 +161,7 @@ def workflow_not_api(workflow: Workflow) -> Problem | None:
 def node_missing(workflow: Workflow, workflow_comfyui: ComfyUI) -> Iterator[Problem]:
     """This ComfyUI has every node of the workflow."""
     seen: dict[str, Node] = {}
-    for node in workflow.nodes:
+    for node in readable(workflow).nodes:
         if not node.muted:
             seen.setdefault(node.type, node)
     for node in seen.values():
@@ -201,7 +210,9 @@ def _lack(node: Node, comfyui: ComfyUI) -> tuple[str, str] | None:
 
 
 @check("value-not-in-list")
-def value_not_in_list(workflow: Workflow, workflow_comfyui: ComfyUI) -> Iterator[Problem]:
+def value_not_in_list(
+    workflow: Workflow, workflow_comfyui: ComfyUI, workflow_files: Sequence[FoundFile]
+) -> Iterator[Problem]:
     """Every file that the workflow names is one that ComfyUI lists."""
     for load in Graph(workflow).loads():
         listed = workflow_comfyui.files.get(load.kind)
@@ -211,10 +222,12 @@ def value_not_in_list(workflow: Workflow, workflow_comfyui: ComfyUI) -> Iterator
         elif gguf and (problem := gguf_problem(workflow_comfyui, load.name)):
             yield problem
         elif listed is not None and load.name not in listed and not _built_in(load):
-            yield _not_listed(workflow, workflow_comfyui, load, listed)
+            yield _not_listed(workflow, workflow_comfyui, load, listed, workflow_files)
 
 
-def _not_listed(workflow: Workflow, comfyui: ComfyUI, load: Loaded, listed: Sequence[str]) -> Problem:
+def _not_listed(
+    workflow: Workflow, comfyui: ComfyUI, load: Loaded, listed: Sequence[str], files: Sequence[FoundFile]
+) -> Problem:
     same = [name for name in listed if _plain(name) == _plain(load.name)]
     same = same or [name for name in listed if _last(_plain(name)) == _last(_plain(load.name))]
     near = same or difflib.get_close_matches(load.name, listed, 1, 0.5)
@@ -226,10 +239,14 @@ def _not_listed(workflow: Workflow, comfyui: ComfyUI, load: Loaded, listed: Sequ
     else:
         why = f"{load.node.type} lists {len(listed)} of {load.kind}" + (f"; the nearest is {near[0]}." if near else ".")
     remedy = _edit(workflow, load.node, load.input, same[0], "auto") if len(same) == 1 else None
+    own = next((e.identity.role for e in files if e.place == comfyui.name and e.path.name == _last(load.name)), "")
+    place = f"choose another file in node {load.node.id}, or put this one into {load.kind}"
+    if elsewhere and own in LOADERS and own != load.role:
+        place = f"load it with {LOADERS[own]} in the place of node {load.node.id}"
     return Problem(
         f"{comfyui.name} has no {load.kind} file {load.name}",
         why,
-        _fix(workflow) if remedy else f"choose another file in node {load.node.id}, or put this one into {load.kind}",
+        _fix(workflow) if remedy else place,
         path=workflow.path,
         ref="E03",
         evidence=(
@@ -259,6 +276,8 @@ def workflow_files_right(
     """The files that the workflow loads are what their nodes want, and fit each other."""
     graph = Graph(workflow)
     files = {load: found for load in graph.loads() if (found := _file(load, workflow_comfyui, workflow_files))}
+    if not files:
+        raise CouldNotCheck(f"None of the files that it names was found in {workflow_comfyui.name}.")
     wrong = set()
     for load, found in files.items():
         problem = _other_role(workflow, load, found)
@@ -267,10 +286,12 @@ def workflow_files_right(
             yield problem
     told = set[tuple[str, str | None]]()
     for run in graph.runs():
-        for problem in _run_problems(graph, run, {load: each for load, each in files.items() if load not in wrong}):
+        right = {load: each for load, each in files.items() if load not in wrong}
+        for load, problem in _run_problems(graph, run, right):
             if (problem.name, problem.path) not in told:
                 told.add((problem.name, problem.path))
-                yield problem
+                transformer = next(right[each].identity.facts for each in run.of("transformer") if each in right)
+                yield _repointed(problem, workflow, workflow_comfyui, load, transformer, workflow_files)
 
 
 def _other_role(workflow: Workflow, load: Loaded, found: FoundFile) -> Problem | None:
@@ -299,20 +320,50 @@ def _other_role(workflow: Workflow, load: Loaded, found: FoundFile) -> Problem |
     )
 
 
-def _run_problems(graph: Graph, run: Run, files: dict[Loaded, FoundFile]) -> Iterator[Problem]:
-    """What does not fit the transformer of one sampler."""
-    transformer = next((files[each] for each in run.of("transformer") if each in files), None)
-    if transformer is None or not isinstance(transformer.identity.facts, Transformer):
+def _repointed(
+    problem: Problem,
+    workflow: Workflow,
+    comfyui: ComfyUI,
+    load: Loaded,
+    transformer: object,
+    files: Sequence[FoundFile],
+) -> Problem:
+    """The same problem with a way out that leaves the file alone, which other workflows may be right to use."""
+    if load.role not in ("text-encoder", "vae") or not isinstance(transformer, Transformer):
+        return problem
+    fitting = (
+        name
+        for name in comfyui.files.get(load.kind, ())
+        if (found := _file(replace(load, name=name), comfyui, files)) is not None
+        and (found.identity.role, found.identity.whole) == (load.role, True)
+        and _pair_problem(transformer, found.identity.facts) is None
+        and getattr(found.identity.facts, "encoder", True)
+    )
+    name = next(fitting, None)
+    if name is None:
+        model = PARTS.get(transformer.family, ("klein-4b",))[0]
+        place = f"# then choose its {ROLES[load.role]} in node {load.node.id}"
+        fix = f'kleinctl install --model {model} --comfyui "{comfyui.path}"   {place}'
+        return replace(problem, fix=fix, remedy=None)
+    remedy = _edit(workflow, load.node, load.input, name, "auto")
+    return replace(problem, fix=_fix(workflow) if remedy else f"choose {name} in node {load.node.id}", remedy=remedy)
+
+
+def _run_problems(graph: Graph, run: Run, files: dict[Loaded, FoundFile]) -> Iterator[tuple[Loaded, Problem]]:
+    """What does not fit the transformer of one sampler, each with the load that is wrong."""
+    chosen = next((each for each in run.of("transformer") if each in files), None)
+    transformer = files[chosen] if chosen else None
+    if chosen is None or transformer is None or not isinstance(transformer.identity.facts, Transformer):
         return
     own = transformer.identity.facts
     if own.family not in KLEINS and _says_klein(transformer.path.name):
-        yield _not_klein(transformer)
+        yield chosen, _not_klein(transformer)
     for load, found in ((each, files[each]) for each in run.loads if each in files):
         problem = _pair_problem(own, found.identity.facts)
         if problem:
-            yield problem
+            yield load, problem
         elif isinstance(found.identity.facts, Vae) and not found.identity.facts.encoder and _encodes(graph, load):
-            yield _decoder_alone(load, found)
+            yield load, _decoder_alone(load, found)
 
 
 def _pair_problem(own: Transformer, facts: object) -> Problem | None:
@@ -370,10 +421,13 @@ def text_encoder_not_stacked(workflow: Workflow) -> Iterator[Problem]:
             kind = load.node.values.get("type", "flux2")
             if len(_loads(load.node)) == 1 and kind != "flux2":
                 remedy = _edit(workflow, load.node, "type", "flux2", "ask")
+                # Versions differ in what they make of it: comfy/sd.py of newer ones takes both.
+                follows = f"with {kind} the sampler ends in `mat1 and mat2 shapes cannot be multiplied`."
+                if kind == "flux":
+                    follows = "flux is FLUX.1's, which CLIPLoader does not offer, and older versions take for another."
                 yield Problem(
                     f"{load.node.type} loads {load.name} as {kind}",
-                    f"Wanted is the type flux2, which lays three layers side by side; with {kind} the sampler ends in "
-                    "`mat1 and mat2 shapes cannot be multiplied`.",
+                    f"Wanted is the type flux2, which lays three layers side by side; {follows}",
                     _fix(workflow),
                     path=workflow.path,
                     ref="C03",
@@ -451,12 +505,13 @@ def guidance_and_steps(workflow: Workflow, workflow_files: Sequence[FoundFile]) 
             yield Problem(
                 f"{_model(run)} is run with cfg {cfg:g}",
                 f"By its {how} it is distilled: wanted is cfg 1. More burns the picture and takes twice the time.",
-                "set cfg to 1",
+                _fix(workflow) if (remedy := _set(workflow, run, "cfg", "1")) else "set cfg to 1",
                 name="guidance-on-distilled",
                 severity=_sure(how),
                 path=workflow.path,
                 ref="C18",
                 evidence=evidence,
+                remedy=remedy,
             )
         elif variant == "base" and ((steps or BASE_STEPS) < BASE_STEPS or (cfg or 2.0) <= 1.0):
             yield Problem(
@@ -469,6 +524,12 @@ def guidance_and_steps(workflow: Workflow, workflow_files: Sequence[FoundFile]) 
                 ref="C18",
                 evidence=evidence,
             )
+
+
+def _set(workflow: Workflow, run: Run, name: str, value: str) -> Remedy | None:
+    """Set a number of a sampler, in the node that has it."""
+    node = next((each for each in (run.sampler, *run.nodes) if name in each.values), None)
+    return _edit(workflow, node, name, value, "ask") if node else None
 
 
 @check("kv-in-workflow")
@@ -506,7 +567,7 @@ def size_rounded(workflow: Workflow) -> Iterator[Problem]:
             {name: _number(node.values[name]) for name in ("width", "height") if name in node.values} if node else {}
         )
         for name, size in sizes.items():
-            if node is not None and size is not None and size % GRID:
+            if node is not None and size is not None and size > GRID and size % GRID:
                 yield Problem(
                     f"the {name} of {size:g} is no multiple of {GRID}",
                     f"The picture would come out {size // GRID * GRID:g} instead, without a word.",
@@ -583,7 +644,10 @@ def negative_prompt_unused(workflow: Workflow) -> Iterator[Problem]:
 
 def _klein_runs(workflow: Workflow) -> list[Run]:
     """The runs of klein: by the name of the transformer, or by FLUX.2's nodes where the name tells nothing."""
-    return [run for run in Graph(workflow).runs() if _is_klein(run)]
+    runs = [run for run in Graph(workflow).runs() if _is_klein(run)]
+    if not runs:
+        raise CouldNotCheck("No sampler in it is seen to run klein.")
+    return runs
 
 
 def _is_klein(run: Run) -> bool:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kleinctl.hardware import Hardware
     from kleinctl.logs import Match
     from kleinctl.plugins import Plugins
+    from kleinctl.report.bundle import Report
     from kleinctl.survey import Survey
 
 
@@ -59,9 +60,20 @@ def command(
 
     Reads headers and versions, loads nothing, and changes nothing without --fix.
     """
+    from kleinctl import whatif
+    from kleinctl.facts import gather
     from kleinctl.plugins import Plugins
     from kleinctl.survey import judge, survey
 
+    if report and (comfyui or folders or workflow or deep):
+        raise Misuse(
+            Problem(
+                "--from takes the place of this machine",
+                "--comfyui, --folder, --workflow and --deep look at this machine; the report has its own facts.",
+                "kleinctl doctor --from FILE",
+                name="usage",
+            )
+        )
     if fix and (report or settings):
         raise Misuse(
             Problem(
@@ -72,24 +84,35 @@ def command(
             )
         )
     plugins = Plugins()
+    sent = _report(report) if report else None
     places = [*([comfyui] if comfyui else []), *folders]
 
     def look() -> Survey:
-        facts = _facts(plugins, report, settings, folders=places, workflow_file=workflow, deep=deep)
+        facts = (
+            sent.facts
+            if sent
+            else gather(plugins, options.this_machine(), folders=places, workflow_file=workflow, deep=deep)
+        )
+        facts = whatif.changed(facts, settings) if settings else facts
         limit = options.limited(facts.hardware, vram_limit)
         return (judge if report else survey)(plugins, facts, model=model, backend=backend, plan_for=limit)
 
     found = look()
-    told = explained(log, plugins, found.facts) if log is not None else []
+    told = _logs(log, sent, plugins, found.facts)
     document = found.to_json()
-    if log is not None:
-        document["log"] = {"problems": [match.problem.to_json() for match in told]}
+    if told is not None:
+        document["log"] = {"problems": [problem.to_json() for problem in told]}
     if html is not None:
-        _write_page(html, document)
-    problems = [*found.problems, *(match.problem for match in told)]
+        from kleinctl.report import page
+
+        page.write(html, page.doctor(document, sent.remarks if sent else ()), "kleinctl doctor --html PAGE.html")
+        output.remark(f"the page is {html}")
+    problems = [*found.problems, *(told or ())]
     if not as_json:
+        if sent is not None:
+            output.show_rows([(head, text) for head, text in sent.remarks if text], width=7)
         show(found, verbose=verbose)
-        if log is not None:
+        if told is not None:
             show_log(told)
     if fix:
         document["fixes"], problems = _fixed(plugins, problems, look, yes=yes, dry_run=dry_run, as_json=as_json)
@@ -101,50 +124,32 @@ def command(
     return PROBLEMS if errors or (strict and problems) else OK
 
 
-def _facts(plugins: Plugins, report: Path | None, settings: Sequence[str], **where: Any) -> Facts:
-    """The facts of this machine, or those in a report, as changed by `--set`."""
-    from kleinctl.facts import gather
+def _report(path: Path) -> Report:
+    from kleinctl.report import bundle
 
-    if report is None:
-        facts = gather(plugins, options.this_machine(), **where)
-    else:
-        from kleinctl.report import bundle
+    return bundle.read(path)
 
-        facts = bundle.read(report).facts
-    if settings:
-        from kleinctl import whatif
 
-        facts = whatif.changed(facts, settings)
-    return facts
+def _logs(log: Path | None, sent: Report | None, plugins: Plugins, facts: Facts) -> list[Problem] | None:
+    """What the log that was named shows, and the logs in a report; None where there is none."""
+    told = [match.problem for match in explained(log, plugins, facts)] if log is not None else []
+    if sent is not None and sent.logs:
+        from kleinctl.report import collect
+
+        told += collect.log_problems(plugins, sent.logs, facts)
+    return told if log is not None or (sent is not None and sent.logs) else None
 
 
 def _fixed(
     plugins: Plugins, problems: Sequence[Problem], look: Any, *, yes: bool, dry_run: bool, as_json: bool
 ) -> tuple[dict[str, Any], list[Problem]]:
+    from kleinctl import fixes
     from kleinctl.cli import fix
 
-    def again() -> set[tuple[str, str | None]]:
-        return {(problem.name, problem.path) for problem in look().problems}
+    def again() -> set[fixes.Key]:
+        return set(map(fixes.key, look().problems))
 
     return fix.run(plugins, options.this_machine(), problems, again, yes=yes, dry_run=dry_run, as_json=as_json)
-
-
-def _write_page(path: Path, document: dict[str, Any]) -> None:
-    from kleinctl.report import page
-
-    try:
-        path.write_text(page.doctor(document), encoding="utf-8")
-    except OSError as error:
-        raise KleinctlError(
-            Problem(
-                f"{path} cannot be written",
-                f"{error.strerror}.",
-                "kleinctl doctor --html FILE   # in a folder of yours",
-                name="output-unwritable",
-                path=str(path),
-            )
-        ) from None
-    output.remark(f"the page is {path}")
 
 
 def explained(log: Path, plugins: Plugins, facts: Facts) -> list[Match]:
@@ -175,16 +180,17 @@ def decoded(text: bytes) -> str:
     return text.decode("utf-8-sig", "replace")
 
 
-def show_log(told: Sequence[Match]) -> None:
+def show_log(told: Sequence[Problem]) -> None:
     """What a log shows, each problem with the line that proves it."""
     target = output.console()
-    target.print()
-    for number, match in enumerate(told):
-        target.print(*([""] if number else []), end="" if not number else "\n")
-        output.show_problem(match.problem, target)
-        target.print(f"line {match.number}: {output.clean(match.line)}", style="dim", markup=False, soft_wrap=True)
+    for problem in told:
+        target.print()
+        output.show_problem(problem, target)
+        for line in problem.evidence[:1]:
+            shown = output.clean(f"{line.looked_at}: {line.found}")
+            target.print(shown, style="dim", markup=False, soft_wrap=True)
     if not told:
-        output.answer("the log shows no failure that kleinctl knows")
+        output.answer("\nthe log shows no failure that kleinctl knows")
 
 
 def show(found: Survey, *, verbose: bool = False) -> None:

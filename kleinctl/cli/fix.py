@@ -13,7 +13,7 @@ from kleinctl.cli.progress import Bars
 from kleinctl.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
-    from kleinctl.fixes import Outcome, Plan
+    from kleinctl.fixes import Key, Outcome, Plan
     from kleinctl.hardware import Hardware
     from kleinctl.plugins import Plugins
     from kleinctl.problem import Problem
@@ -26,7 +26,7 @@ def run(
     plugins: Plugins,
     hardware: Hardware,
     problems: Sequence[Problem],
-    again: Callable[[], set[tuple[str, str | None]]],
+    again: Callable[[], set[Key]],
     *,
     yes: bool = False,
     dry_run: bool = False,
@@ -34,7 +34,7 @@ def run(
 ) -> tuple[dict[str, Any], list[Problem]]:
     """Fix what can be fixed, and show it. Returns `kleinctl.fix/1`, and the problems that are left.
 
-    `again` runs the checks and says which problems there are now, by name and path.
+    `again` runs the checks and says which problems there are now.
     """
     from kleinctl import fixes
 
@@ -52,9 +52,16 @@ def run(
     def do(plan: Plan) -> int:
         if plan not in asked:
             show_plan(plan)
-        return carry_out(plan)
+        done.append(carry_out(plan))
+        return done[-1]
 
-    outcomes, left = fixes.fix(problems, plugins, hardware, ask=ask, again=again, do=do, dry_run=dry_run)
+    done: list[int] = []
+    try:
+        outcomes, left = fixes.fix(problems, plugins, hardware, ask=ask, again=again, do=do, dry_run=dry_run)
+    except KeyboardInterrupt:
+        if done:
+            output.remark(f"done before: {', '.join(map(str, done))}; see kleinctl undo --list")
+        raise
     if not as_json:
         show(outcomes)
     return fixes.document(outcomes, left, dry_run), left

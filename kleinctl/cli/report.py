@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 @click.option("--case-id", "case", default="", metavar="TEXT", help="What support calls your case.")
 @click.option("--note", default="", metavar="TEXT", help="What you did and what happened, in your words.")
 @options.comfyui
+@click.option("--folder", "folders", multiple=True, type=options.FOLDER, help="A folder of models to look at too.")
+@click.option("--workflow", type=options.FILE, metavar="FILE", help="Put in a ComfyUI workflow (JSON, or its PNG) too.")
 @click.option("--log", "logs", multiple=True, type=options.FILE, metavar="FILE", help="A log to put in too.")
 @click.option("--keep-prompts", is_flag=True, help="Leave prompts in.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout; a zip only with -o.")
@@ -32,6 +34,8 @@ def command(
     case: str,
     note: str,
     comfyui: Path | None,
+    folders: tuple[Path, ...],
+    workflow: Path | None,
     logs: tuple[Path, ...],
     keep_prompts: bool,
     as_json: bool,
@@ -46,7 +50,8 @@ def command(
     from kleinctl.report import bundle, collect
 
     plugins = Plugins()
-    facts = gather(plugins, options.this_machine(), folders=[comfyui] if comfyui else [])
+    places = [*([comfyui] if comfyui else []), *folders]
+    facts = gather(plugins, options.this_machine(), folders=places, workflow_file=workflow)
     redactor = collect.redactor_for(plugins, facts, keep_prompts)
     made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     document = collect.document(plugins, facts, _logs(facts, logs), redactor, made=made, case=case, note=note)

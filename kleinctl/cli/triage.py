@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,9 +22,10 @@ SHOWN = 40
 @click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path(exists=True, path_type=Path))
 @click.option("--diff", is_flag=True, help="What differs between two machines, what matters most first.")
 @click.option("--replay", is_flag=True, help="Which verdicts of old reports today's rules change.")
+@click.option("--html", type=options.FILE, metavar="FILE", help="Write one page to read or print.")
 @click.option("--verbose", "-v", is_flag=True, help="Show every check, and every difference.")
 @options.as_json
-def command(files: tuple[Path, ...], diff: bool, replay: bool, verbose: bool, as_json: bool) -> int:
+def command(files: tuple[Path, ...], diff: bool, replay: bool, html: Path | None, verbose: bool, as_json: bool) -> int:
     """Diagnose machines from their reports: zips of `kleinctl report`, or what `doctor --json` printed.
 
     One report shows what doctor would say there. Several, or a folder, show which problems they have, the one whose
@@ -47,6 +48,8 @@ def command(files: tuple[Path, ...], diff: bool, replay: bool, verbose: bool, as
         bad = bad or not all(each.same for each in told)
     elif not diff:
         bad = bad or any(problem.severity == "error" for each in found for problem in each.problems)
+    if html is not None:
+        _write_page(html, document, found, alone=len(paths) == 1 and not replay)
     if as_json:
         output.print_json(document)
     elif diff and not unreadable:
@@ -75,17 +78,29 @@ def _show_one(each: Judged, verbose: bool) -> None:
     """Doctor's view, between who sent it and what its logs say."""
     from kleinctl.cli import doctor
 
-    report = each.report
-    told = [("case", report.case), ("note", report.note), ("made", f"{report.made} by kleinctl {report.kleinctl}")]
-    output.show_rows([(head, text) for head, text in told if text], width=7)
+    output.show_rows([(head, text) for head, text in each.report.remarks if text], width=7)
     doctor.show(each.survey, verbose=verbose)
     logs = each.problems[len(each.survey.problems) :]
     if logs:
-        output.console().print("\nfrom its logs\n", style="bold")
-        output.show_problems(logs, output.console())
+        doctor.show_log(logs)
     if each.only_there:
         names = ", ".join(each.only_there)
         output.console().print(f"\ntold on the machine, and not to be judged from here: {names}", soft_wrap=True)
+
+
+def _write_page(path: Path, document: Mapping[str, Any], found: Sequence[Judged], *, alone: bool) -> None:
+    """Doctor's page for one report, else that of many."""
+    from kleinctl.report import page
+
+    if alone and found:
+        (each,) = found
+        logs = [problem.to_json() for problem in each.problems[len(each.survey.problems) :]]
+        told = {"log": {"problems": logs}} if each.report.logs else {}
+        text = page.doctor({**each.survey.to_json(), **told}, each.report.remarks)
+    else:
+        text = page.triage(document)
+    page.write(path, text, "kleinctl triage REPORT --html PAGE.html")
+    output.remark(f"the page is {path}")
 
 
 def _show_unreadable(problems: Sequence[Problem], *, alone: bool) -> None:

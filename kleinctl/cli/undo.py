@@ -34,7 +34,8 @@ def command(number: int | None, only_list: bool, dry_run: bool, yes: bool, as_js
     if only_list:
         return _answer({**document, "undone": None, "dry_run": True}, list_lines(known), as_json)
     if number is None and not as_json:
-        for line in list_lines(known):
+        choice = [each for each in known if isinstance(each, journal.Entry) and each.can_be_undone]
+        for line in list_lines(choice) if len(choice) > 1 else ():
             output.remark(line)
     entry = journal.find(number)
     back = [step.back for step in reversed(entry.steps)]

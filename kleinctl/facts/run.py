@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 #: The model works on squares of so many pixels a side; each is one token.
 SQUARE = 16
+#: The longest side of five digits, which is refused for what it is.
+LONGEST = 99_999 // SQUARE * SQUARE
 #: `(red hair:1.3)`: weights as other programs read them. Text before the colon ends in no digit, so that `(at 12:30)`
 #: and `(16:9)` are none.
 _WEIGHT = re.compile(r"\([^()]{0,80}[^\d\s():]\s?:\s?\d(?:\.\d{1,2})?\)")
@@ -137,8 +139,10 @@ def nearest_size(text: str) -> str:
 
     def nearest(side: re.Match[str]) -> str:
         pixels = int(side[0])
-        return str(max(SQUARE, round(pixels / SQUARE) * SQUARE) if pixels else 0)
+        return str(min(max(SQUARE, round(pixels / SQUARE) * SQUARE), LONGEST) if pixels else 0)
 
+    if not re.fullmatch(r"\d{1,5}(\D\d{1,5})?", text.strip()):
+        return text  # what reads it says what is wrong, in the user's own words
     return re.sub(r"\d{1,5}", nearest, text)
 
 

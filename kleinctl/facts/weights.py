@@ -48,7 +48,8 @@ class FoundFile:
     that is not what its place wants belongs to none. `sha256` is known where the file has been hashed.
 
     `content` is the part of a manifest that this is whatever its name, `content_by` how that is known: "sha256",
-    "size" (no other part has it), or "pointer" (Git LFS names the part it stands for); `variant` is that part's.
+    "fingerprint", "size" (no other part has it), or "pointer" (Git LFS names the part it stands for); `variant` is
+    that part's.
     `copy_of` is another file with the same bytes that takes room of its own. `fix` puts the right file there.
     """
 
@@ -160,10 +161,13 @@ class _Look:
             return self.by_sha256.get(identity.facts.sha256), "pointer"
         if found.sha256:
             return self.by_sha256.get(found.sha256), "sha256"
+        if identity.sure == "fingerprint":
+            return next(part for part in self.parts if part.ref == identity.part), "fingerprint"
         alike = [
             part
             for part in self.parts
             if part.size == identity.size_bytes and part.role == identity.role and part.family == identity.family
+            if not (part.fingerprint and identity.whole)  # it would have been known by that
         ]
         return (alike[0], "size") if len({part.sha256 for part in alike}) == 1 else (None, "")
 

@@ -6,6 +6,7 @@ goes into the journal (`kleinctl.journal`), and a file that has to go is moved t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,8 +38,8 @@ ACTIONS: dict[str, Callable[[Request], Plan]] = {
 }
 
 Status = Literal["fixed", "still there", "failed", "skipped", "for you to do", "planned"]
-#: A problem's name and path: what tells it from others when doctor looks again.
-Key = tuple[str, str | None]
+#: A problem's name, path and first line: what tells it from others when doctor looks again.
+Key = tuple[str, str | None, str]
 
 
 @dataclass(frozen=True)
@@ -108,19 +109,19 @@ def fix(
     Returns the outcomes, and the problems that are left.
     """
     groups, outcomes = remedies(problems), []
-    first = now = again() if groups and not dry_run else set(map(_key, problems))
+    first = now = again() if groups and not dry_run else set(map(key, problems))
     for group in groups:
-        if all(_key(each) in first - now for each in group):
+        if all(key(each) in first - now for each in group):
             outcomes.append(Outcome(group, "fixed", why="It went with an earlier one."))
             continue
         outcome = _one(group, plugins, hardware, ask, do, dry_run)
         if outcome.status == "fixed":
             now = again()
-            outcome = _still(outcome) if any(_key(each) in now for each in group) else outcome
+            outcome = _still(outcome) if any(key(each) in now for each in group) else outcome
         outcomes.append(outcome)
-    done = {_key(each) for outcome in outcomes if outcome.status == "fixed" for each in outcome.problems}
+    done = {key(each) for outcome in outcomes if outcome.status == "fixed" for each in outcome.problems}
     outcomes += [Outcome((each,), "for you to do") for each in problems if each.remedy is None]
-    return outcomes, [each for each in problems if _key(each) in now or _key(each) not in first | done]
+    return outcomes, [each for each in problems if key(each) in now or key(each) not in first | done]
 
 
 def remedies(problems: Iterable[Problem]) -> list[tuple[Problem, ...]]:
@@ -165,8 +166,9 @@ def _still(outcome: Outcome) -> Outcome:
     return Outcome(outcome.problems, "still there", outcome.plan, outcome.entry, why)
 
 
-def _key(problem: Problem) -> Key:
-    return problem.name, problem.path
+def key(problem: Problem) -> Key:
+    """What tells a problem from others: several may be of one file. One that says another number is the same."""
+    return problem.name, problem.path, re.sub(r"\d+", "0", problem.what)
 
 
 def document(outcomes: Sequence[Outcome], remaining: Sequence[Problem], dry_run: bool) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -102,7 +103,10 @@ def rebuild_environment(request: Request) -> Plan:
         f"build {plan.folder} from scratch, in place of the broken one: {', then '.join(plan.steps)}",
         *stale,
         work=work,
-        commands=(shell("kleinctl", "uninstall", "--environments"), shell("kleinctl", "install")),
+        commands=(
+            shell(*(("rmdir", "/s", "/q") if os.name == "nt" else ("rm", "-r")), old),
+            shell("kleinctl", "install"),
+        ),
         fetch_bytes=plan.download_bytes,
         disk_bytes=plan.disk_bytes,
         seconds=total,

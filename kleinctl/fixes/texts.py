@@ -7,7 +7,9 @@ import hashlib
 import json
 import re
 import shutil
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from kleinctl.config import load_config, tomllib
 from kleinctl.fixes.request import MAX_TEXT, Plan, Request, shell
@@ -41,7 +43,7 @@ def _changes(before: bytes | None, text: str) -> list[str]:
     except UnicodeDecodeError:
         former = []
     differing = difflib.ndiff(former, text.splitlines())
-    return [f"  {line}"[:500] for line in differing if line.startswith(("+", "-"))]
+    return [f"  {line}".replace("\t", "<tab>")[:500] for line in differing if line.startswith(("+", "-"))]
 
 
 def _settled(request: Request, path: Path) -> Path:
@@ -54,9 +56,9 @@ def _settled(request: Request, path: Path) -> Path:
 
 
 def _writing(request: Request, path: Path, text: str, sentences: tuple[str, ...], *commands: str) -> Plan:
-    """The plan to write `text`: the same bytes on every system, and with the rights that the file had."""
-    raw = text.encode("utf-8")
+    """The plan to write `text`: with the ends of lines and the rights that the file had."""
     before, made = _read_bytes(request, path), missing_folders(path)
+    raw = (text.replace("\n", "\r\n") if b"\r\n" in (before or b"") and "\r" not in text else text).encode("utf-8")
 
     def work(record: Record, progress: Progress) -> None:
         if _read_bytes(request, path) != before:
@@ -99,7 +101,19 @@ def edit_workflow(request: Request) -> Plan:
         text = workflow.edit(path, node, name, value)
     except ValueError as error:
         raise request.refuse(f"{path.name} cannot be edited: {error}".rstrip(".")) from None
+    text = _laid_out(text, _read_bytes(request, path) or b"")
     return _writing(request, path, text, (f"set {name} of node {node} in {path} to {value!r}",))
+
+
+def _laid_out(text: str, before: bytes) -> str:
+    """The JSON `text` as the former was laid out, where that is known: nothing but the value changes."""
+    former = before.decode("utf-8", "replace").replace("\r\n", "\n")
+    document, end = json.loads(former), former[len(former.rstrip()) :]
+    for indent, plain, marks in product((None, 1, 2, 4, "\t"), (False, True), ((",", ":"), (", ", ": "), (",", ": "))):
+        style: dict[str, Any] = {"indent": indent, "ensure_ascii": plain, "separators": marks}
+        if json.dumps(document, **style) == former.rstrip():
+            return json.dumps(json.loads(text), **style) + end
+    return text
 
 
 # kleinctl's own configuration

@@ -66,11 +66,18 @@ class Report:
     findings: tuple[Finding, ...] = ()
     seen_there: tuple[str, ...] = ()
     logs: tuple[Log, ...] = ()
+    title: str = ""
+
+    @property
+    def remarks(self) -> list[tuple[str, str]]:
+        """What came with it, each with its head: the case, the note, when and by which kleinctl it was made."""
+        made = " by ".join(filter(None, (self.made, f"kleinctl {self.kleinctl}")))
+        return [("case", self.case), ("note", self.note), ("made", made)]
 
     @property
     def label(self) -> str:
-        """What tells reports apart: the case, else the file's name."""
-        return self.case or self.path.name
+        """What tells reports apart: the case, else the file's name, with its folder's where that is not enough."""
+        return self.case or self.title or self.path.name
 
 
 # Writing
@@ -205,6 +212,8 @@ def _content(path: Path) -> bytes:
         return _member(data, "report.json")
     if len(data) > MAX_MEMBER:
         raise _Refused(f"It is JSON of more than {MAX_MEMBER >> 20} MiB.")
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):  # PowerShell's `>` writes UTF-16
+        return data.decode("utf-16", "replace").encode("utf-8", "replace")
     return data.removeprefix(b"\xef\xbb\xbf")
 
 

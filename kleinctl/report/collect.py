@@ -8,19 +8,20 @@ import struct
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kleinctl import __version__, header
 from kleinctl.documents import MAX_TEXT
 from kleinctl.facts import Facts
-from kleinctl.problem import Problem
+from kleinctl.problem import Evidence, Problem
 from kleinctl.report.redact import Redactor
 from kleinctl.survey import Survey, judge
 
 if TYPE_CHECKING:
     from kleinctl.hardware import Hardware
+    from kleinctl.logs import Match
     from kleinctl.plugins import Plugins
 
 SCHEMA = "kleinctl.report/1"
@@ -126,14 +127,25 @@ def _cut(value: Any) -> Any:
 
 
 def log_problems(plugins: Plugins, logs: Sequence[Log], facts: Facts) -> list[Problem]:
-    """What the newest log of each kind proves: each problem once."""
+    """What logs prove, each problem once: all logs that were named or are ComfyUI's, the newest of kleinctl's own."""
     from kleinctl.log_patterns import PATTERNS
     from kleinctl.logs import explain
 
     theirs = [offer.thing for offer in plugins.offers("kleinctl_log_patterns")]
-    newest = {log.kind: log for log in reversed(logs) if log.kind != "crash"}
-    found = [match.problem for log in newest.values() for match in explain(log.tail, (*theirs, *PATTERNS), facts)]
-    return list({problem.name: problem for problem in reversed(found)}.values())[::-1]
+    found: dict[str, Problem] = {}
+    kinds = {"crash"}
+    for log in logs:
+        if log.kind not in kinds:
+            kinds |= {log.kind} - {"given", "comfyui"}
+            for match in explain(log.tail, (*theirs, *PATTERNS), facts):
+                found.setdefault(match.problem.name, _in_log(match, log))
+    return list(found.values())
+
+
+def _in_log(match: Match, log: Log) -> Problem:
+    """The problem with the log's name beside the line that proves it."""
+    line = Evidence(f"line {match.number} of {log.name}", match.line)
+    return replace(match.problem, evidence=(line, *match.problem.evidence[1:]))
 
 
 def versions() -> dict[str, str]:

@@ -21,7 +21,8 @@ from typing import Any, get_args, get_type_hints
 
 #: Accounts that come with systems and images, makers, and words that every report has.
 _COMMON = """
-admin administrator ai amd app arch bin boot build builder card cards ckpt cloud cloudshell comfy comfyui computer
+admin administrator ai amd app arch bin boot build builder card cards characters ckpt cloud cloudshell comfy comfyui
+computer
 container content ctx cuda data debian default defaultuser0 desktop dev developer diffusers dll docker driver email
 error etc exe false fedora file files flux folder geforce gguf gpu guest home host http https id intel jetson jovyan
 jpg json klein kleinctl laptop lib linux local localhost localuser location log logs machine main media microsoft mnt
@@ -109,6 +110,7 @@ def owner(serials: Iterable[str] = (), environ: Mapping[str, str] = os.environ, 
     folders = [Path(home) for home in homes]
     people = [*_answers(lambda: _logins(environ)), *(re.split(r"[\\/]", home)[-1] for home in homes)]
     people += [name for folder in folders for name in _answers(partial(_git_names, folder))]
+    people += [part for name in people for part in name.split() if len(part) > 2]
     hosts = [*_answers(lambda: _hosts(environ, root)), *_fqdn()]
     hosts += [name.partition(".")[0] for name in hosts]
     tokens = [value for name, value in environ.items() if SECRET.search(name.upper())]
@@ -142,7 +144,7 @@ def _is_token(text: str) -> bool:
 
 
 def _logins(environ: Mapping[str, str]) -> Iterator[str | None]:
-    """Login names, and the full name with its parts."""
+    """Login names, and the full name."""
     for name in ("USER", "LOGNAME", "USERNAME", "SUDO_USER", "NB_USER"):
         yield environ.get(name)
     if sys.platform == "win32":
@@ -154,7 +156,6 @@ def _logins(environ: Mapping[str, str]) -> Iterator[str | None]:
         yield entry.pw_name
         full = entry.pw_gecos.partition(",")[0]
     yield full
-    yield from (part for part in full.split() if len(part) > 2)
 
 
 def _windows_full_name() -> str:

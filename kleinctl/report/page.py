@@ -4,48 +4,151 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from kleinctl.problem import KleinctlError, Misuse, Problem
 from kleinctl.units import bytes_text, gib, seconds_text
 
 Document = Mapping[str, Any]
 
 
-def doctor(document: Document) -> str:
-    """The page of a `kleinctl.doctor/1` document."""
-    problems = document["problems"]
+def doctor(document: Document, sent: Iterable[tuple[str, str]] = ()) -> str:
+    """The page of a `kleinctl.doctor/1` document; of a report, with what was `sent` with it (case, note, date)."""
+    problems, logs = document["problems"], document.get("log", {}).get("problems", [])
+    told = "".join(f"<p><b>{escape(head)}</b> {escape(text)}</p>" for head, text in sent if text)
     parts = [
+        f'<section class="sent">{told}</section>' if told else "",
         _machine(document["hardware"]),
         _verdict(document),
         _section("Problems", _problems(problems)) if problems else "",
-        _section("In the log", _problems(document["log"]["problems"])) if document.get("log") else "",
+        _section("In the log", _problems(logs)) if "log" in document else "",
         _memory(document),
         _section("Checks", _checks(document["checks"])),
     ]
-    errors = sum(problem["severity"] == "error" for problem in problems)
-    return _page("kleinctl doctor", f"{_count(errors, 'error')}, {_count(len(problems) - errors, 'warning')}", parts)
+    every = [*problems, *logs]
+    errors = sum(problem["severity"] == "error" for problem in every)
+    return _page("kleinctl doctor", f"{_count(errors, 'error')}, {_count(len(every) - errors, 'warning')}", parts)
 
 
 def triage(document: Document) -> str:
-    """The page of a `kleinctl.triage/1` document."""
-    rows = [
-        f'<tr><td><span class="tag {escape(each["severity"])}">{escape(each["severity"])}</span></td>'
-        f"<td><code>{escape(each['name'])}</code><br>{escape(each['what'])}</td>"
-        f'<td class="number">{len(each["reports"])}</td>'
-        f"<td>{escape(', '.join(each['reports']))}</td><td>{_command(each['fix'])}</td></tr>"
-        for each in document["problems"]
-    ]
-    head = "<tr><th></th><th>problem</th><th>machines</th><th>which</th><th>fix</th></tr>"
-    table = f'<div class="wide"><table>{head}{"".join(rows)}</table></div>'
-    unreadable = [f"<li>{escape(each['file'])}: {escape(each['why'])}</li>" for each in document.get("unreadable", [])]
+    """The page of a `kleinctl.triage/1` document: the problems of many machines, then the machines."""
+    reports, groups = document["reports"], document["problems"]
+    most = max((group["count"] for group in groups), default=0)
     parts = [
-        _section("Problems, the most frequent first", table),
-        _section("Not readable", f"<ul>{''.join(unreadable)}</ul>") if unreadable else "",
+        _section("What differs", _differences(document, reports)) if "diff" in document else "",
+        _section("Judged differently now", _replay(document["replay"])) if "replay" in document else "",
+        _section(
+            "Problems, the one whose fix would help the most machines first",
+            "".join(_group(group, most) for group in groups) or "<p>None that kleinctl knows.</p>",
+        ),
+        _section("Machines", _machines(reports)) if reports else "",
+        _section("Not readable", _unreadable(document["unreadable"])) if document["unreadable"] else "",
     ]
-    return _page("kleinctl triage", _count(len(document["reports"]), "report"), parts)
+    errors = sum(any(problem["severity"] == "error" for problem in each["problems"]) for each in reports)
+    well = sum(not each["problems"] for each in reports)
+    return _page("kleinctl triage", f"{_count(len(reports), 'report')}: {errors} with errors, {well} well", parts)
+
+
+def write(path: Path, text: str, command: str) -> None:
+    """Write a page. A file that is there is written over when it is a page too, for a report is soon named by mistake.
+
+    Raises:
+        Misuse: the file is another one.
+        KleinctlError: it cannot be written. `command` is what to type instead.
+    """
+    fix = f"{command}   # in a folder of yours"
+    try:
+        if path.exists() and path.stat().st_size and not _is_page(path):
+            what, why = f"{path} is no page of kleinctl's", "Only such a page is written over."
+            raise Misuse(Problem(what, why, command, name="usage", path=str(path)))
+        path.write_text(text, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise KleinctlError(
+            Problem(f"{path} cannot be written", f"{error.strerror}.", fix, name="output-unwritable", path=str(path))
+        ) from None
+
+
+def _is_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(15).lower() == b"<!doctype html>"
+
+
+def _group(group: Document, most: int) -> str:
+    """A problem that machines share: how many, which, and what helps."""
+    severity, count = escape(group["severity"]), group["count"]
+    having, colour = _count(count, "machine"), "over" if severity == "error" else "near"
+    picture = (
+        f'<svg viewBox="0 0 100 10" preserveAspectRatio="none" role="img" aria-label="{having}">'
+        f'<rect class="room" width="100" height="10"/>'
+        f'<rect class="{colour}" width="{100 * count / most:.2f}" height="10"/></svg>'
+    )
+    machines = "; ".join(f"{number} x {name}" if number > 1 else name for name, number in group["machines"].items())
+    only = f"; the only error of {group['alone']}" if severity == "error" and count > 1 else ""
+    example = "For example: " if count > 1 else ""
+    which = (
+        f"<details><summary>{_count(count, 'report')}</summary><p>{escape(', '.join(group['reports']))}</p></details>"
+    )
+    return (
+        f'<article class="{severity}"><h3><span class="tag {severity}">{severity}</span> {escape(group["name"])}</h3>'
+        f'<div class="bar many">{picture}<span>{having}{only}</span></div>'
+        f"<p>{example}{escape(group['what'])}</p><p>{escape(machines)}</p>{_command(group['fix'])}{which}"
+        f'<p class="hint"><code>kleinctl explain {escape(group["name"])}</code></p></article>'
+    )
+
+
+def _machines(reports: Iterable[Document]) -> str:
+    """A row for each machine: what it is, what would run, what is wrong."""
+    rows = [
+        "<tr>"
+        f"<td>{escape(each['case'] or each['file'])}</td><td>{escape(each['machine'])}</td>"
+        f"<td>{escape(_runs(each['choice']))}</td><td>{_names(each['problems'])}</td></tr>"
+        for each in reports
+    ]
+    return _table(("report", "machine", "would run", "problems"), rows)
+
+
+def _runs(choice: Document | None) -> str:
+    return f"{choice['model']} with {choice['backend']}" if choice else "nothing"
+
+
+def _names(problems: Iterable[Document]) -> str:
+    told = {problem["name"]: problem["severity"] for problem in problems}
+    shown = (f'<span class="tag {escape(severity)}">{escape(name)}</span>' for name, severity in told.items())
+    return ", ".join(shown) or "none"
+
+
+def _differences(document: Document, reports: Sequence[Document]) -> str:
+    heads = ("", *(each["case"] or each["file"] for each in reports))
+    rows = [
+        f"<tr><td>{escape(each['name'])}</td><td>{escape(each['left'])}</td><td>{escape(each['right'])}</td></tr>"
+        for each in document["diff"]
+    ]
+    return _table(heads, rows) if rows else "<p>Nothing that matters.</p>"
+
+
+def _replay(told: Iterable[Document]) -> str:
+    keys = ("new", "gone", "changed")
+    rows = [
+        f"<tr><td>{escape(each['label'])}</td><td>{escape(each['kleinctl'])}</td>"
+        + "".join(f"<td>{escape(', '.join(each[key]) or '-')}</td>" for key in keys)
+        + "</tr>"
+        for each in told
+        if not each["same"]
+    ]
+    return _table(("report", "kleinctl then", *keys), rows) if rows else "<p>None.</p>"
+
+
+def _unreadable(problems: Iterable[Document]) -> str:
+    items = (f"<li>{escape(each['what'])}: {escape(each['why'])}</li>" for each in problems)
+    return f"<ul>{''.join(items)}</ul>"
+
+
+def _table(heads: Iterable[str], rows: Iterable[str]) -> str:
+    head = "".join(f"<th>{escape(each)}</th>" for each in heads)
+    return f'<div class="wide"><table class="list"><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
 def _page(title: str, subtitle: str, parts: Iterable[str]) -> str:

@@ -75,7 +75,10 @@ _KEY = r"(?:negative_|positive_|wildcard_|populated_)?(?:prompt|text|text_[gl]|t
 _PROMPT_RULES = tuple(
     re.compile(rule, re.IGNORECASE | re.MULTILINE)
     for rule in (
+        rf'(\\+"{_KEY}\\+"\s*:\s*)(\\+"(?:(?!\\+")[^\n]){{1,20000}})',  # JSON in JSON
         rf'(["\']{_KEY}["\']\s*:\s*)("(?:[^"\\\n]|\\.){{1,20000}}"|\'(?:[^\'\\\n]|\\.){{1,20000}}\')',
+        r'(\b(?:(?:negative_)?prompts?|widgets_values)["\']?\s?[=:]\s?)(\[[^\]\n]{1,20000}\])',
+        r"((?<!\S)-p\s+)(\"[^\"\n]{1,20000}\"|'[^'\n]{1,20000}')",
         r'(\b(?:negative_)?prompts?\s?=\s?\[?)("(?:[^"\\\n]|\\.){1,20000}"|\'(?:[^\'\\\n]|\\.){1,20000}\')',
         r'(--(?:negative-)?prompt[\s=]+)("[^"\n]{1,20000}"|\'[^\'\n]{1,20000}\'|[^\s"\'-]\S{0,2000})',
         r'(\bkleinctl(?:\.exe)?\s+(?:up|run)\b[^"\'\n]{0,200})("[^"\n]{1,20000}"|\'[^\'\n]{1,20000}\')',
@@ -92,6 +95,10 @@ _CREDENTIALS = (
     re.compile(
         r"(\bbearer\s+|(?<![A-Za-z])(?:authorization|token|password|passwd|secret|api[-_ ]?key|pwd)[\"']?\s?[=:]\s?"
         r"(?:bearer\s|basic\s)?[\"']?)([^\s\"',;<>]{6,400})",
+        re.IGNORECASE,
+    ),
+    re.compile(
+        r"((?<!\S)--(?:[a-z]+[-_])*(?:token|password|passwd|secret|api[-_]?key)\s+[\"']?)([^\s\"'-][^\s\"']{5,400})",
         re.IGNORECASE,
     ),
 )
@@ -117,6 +124,10 @@ _FILE = re.compile(
     re.IGNORECASE,
 )
 _HOME_OF = re.compile(r"([\\/](?:Users|home)[\\/]+)([^\s\\/\"':;,<>|]+)", re.IGNORECASE)
+#: A home folder of Windows whose name has spaces, in text without quotes: `C:\\Users\\Max Meyer\\ComfyUI`.
+_SPACED_HOME = re.compile(
+    r"([\\/]Users[\\/]+)([^\s\\/\"':;,<>|]{1,60}(?: [^\s\\/\"':;,<>|]{1,60}){1,3})(?=[\\/])", re.IGNORECASE
+)
 _ESCAPED = re.compile(r"[^\s\"']{0,400}%(?:2F|5C)[^\s\"']{0,2000}", re.IGNORECASE)
 _ABSOLUTE = re.compile(r"(?:[A-Za-z]:[\\/]|~[\\/]|\\\\|/)[^\n]*\Z|~\Z")
 _TOKEN = re.compile(r"(?:USER|HOST|FOLDER|FILE|PROGRAM|ID|ADDRESS|EMAIL)[ _]\d+(?:_é)?|TOKEN_[0-9A-F]{4,}|PROMPT \(.*")
@@ -216,6 +227,7 @@ class Redactor:
         yield partial(_INTERNAL.sub, partial(self._as, "host"))
         yield partial(_HOST_SAID.sub, lambda match: match[1] + self._host(match[2]))
         yield self._homes
+        yield partial(_SPACED_HOME.sub, self._other_home)
         yield self._with_spaces
         yield partial(_QUOTED_PATH.sub, lambda match: self.path(match[0]))
         yield partial(_PATH.sub, self._path_in_text)
@@ -290,13 +302,13 @@ class Redactor:
         if self._spaced is None:
             names = {name: token for kind in ("file", "folder") for name, token in self.hidden.get(kind, {}).items()}
             self._spaced = _any_of(re.escape(name) for name in names if " " in name and len(name) > 3)
-        kinds = ("file", "folder")
-        return self._spaced.sub(
-            lambda match: next(
-                (found for kind in kinds if (found := self.hidden.get(kind, {}).get(match[0].casefold()))), match[0]
-            ),
-            text,
-        )
+        files = self.hidden.get("file", {})
+
+        def token(match: Match) -> str:
+            extension = IS_FILE.fullmatch(match[0]) if match[0].casefold() in files else None
+            return self._file(match[0], extension[1]) if extension else self.numbered("folder", match[0])
+
+        return self._spaced.sub(token, text)
 
     # Paths and names
 

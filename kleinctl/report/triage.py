@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Judged:
         """One of `reports` in `kleinctl.triage/1`."""
         report, choice = self.report, self.survey.choice
         return {
-            "file": report.path.name,
+            "file": report.title or report.path.name,
             "case": report.case,
             "note": report.note,
             "made": report.made,
@@ -119,19 +119,32 @@ def judged(plugins: Plugins, report: Report) -> Judged:
 def read_all(plugins: Plugins, paths: Iterable[Path]) -> tuple[list[Judged], list[Problem]]:
     """Every report that can be read, judged; and a problem for each that cannot."""
     found, unreadable = [], []
+    paths = list(paths)
+    names = Counter(path.name for path in paths)
     for path in paths:
+        title = f"{path.absolute().parent.name}/{path.name}" if names[path.name] > 1 else ""
         try:
-            found.append(judged(plugins, bundle.read(path)))
+            found.append(judged(plugins, replace(bundle.read(path), title=title)))
         except KleinctlError as error:
             unreadable.append(error.problem)
     return found, unreadable
 
 
 def files_in(paths: Iterable[Path]) -> Iterator[Path]:
-    """The files that were named, and the reports (.zip, .json) in the folders that were."""
+    """The files that were named, and the reports (.zip, .json) in the folders that were.
+
+    Raises:
+        KleinctlError: a folder cannot be read.
+    """
     for path in paths:
         if path.is_dir():
-            yield from sorted(each for each in path.iterdir() if each.suffix.lower() in (".zip", ".json"))
+            try:
+                yield from sorted(each for each in path.iterdir() if each.suffix.lower() in (".zip", ".json"))
+            except OSError as error:
+                why, fix = f"{error.strerror or error}.", "kleinctl triage FILE..."
+                raise KleinctlError(
+                    Problem(f"{path} cannot be read", why, fix, name="report-unreadable", path=str(path))
+                ) from None
         else:
             yield path
 
@@ -152,8 +165,9 @@ def grouped(found: Sequence[Judged]) -> list[Group]:
     """The problems of many machines, the one whose fix would help the most of them first."""
     by_name: dict[str, dict[str, tuple[Judged, Problem]]] = {}
     for each in found:
+        whose = each.report.case or str(each.report.path)  # several reports of a case are one machine
         for problem in each.problems:
-            by_name.setdefault(problem.name, {}).setdefault(each.report.label, (each, problem))
+            by_name.setdefault(problem.name, {}).setdefault(whose, (each, problem))
     groups = [_group(name, list(having.values())) for name, having in by_name.items()]
     return sorted(groups, key=lambda group: (-len(group.labels), group.severity, -group.alone, group.name))
 
@@ -168,7 +182,7 @@ def _group(name: str, having: Sequence[tuple[Judged, Problem]]) -> Group:
         fix=_commonest(problem.fix for problem in problems),
         ref=next((problem.ref for problem in problems if problem.ref), None),
         labels=tuple(each.report.label for each, _ in having),
-        machines=Counter(each.machine for each, _ in having),
+        machines=dict(Counter(each.machine for each, _ in having).most_common()),
         alone=sum(names <= {name} for names in errors),
     )
 

@@ -12,7 +12,7 @@ import pytest
 from kleinctl import documents
 from kleinctl.checks import Check, run_checks
 from kleinctl.checks import comfyui as comfyui_checks
-from kleinctl.facts import comfyui
+from kleinctl.facts import ComfyUI, comfyui
 from kleinctl.facts.system import LocalServer, System
 from kleinctl.facts.weights import FoundFile
 from kleinctl.hardware import Gpu, Hardware
@@ -26,8 +26,10 @@ OWN = [each for each in vars(comfyui_checks).values() if isinstance(each, Check)
 Ask = Callable[..., dict[str, Problem]]
 
 
-def card(name: str = "NVIDIA GeForce RTX 4060", capability: str = "8.9", free: int = 7 * GIB) -> Hardware:
-    gpu = Gpu(name, capability, vram_bytes=8 * GIB, vram_free_bytes=free)
+def card(
+    name: str = "NVIDIA GeForce RTX 4060", capability: str = "8.9", free: int = 7 * GIB, driver: str | None = None
+) -> Hardware:
+    gpu = Gpu(name, capability, vram_bytes=8 * GIB, vram_free_bytes=free, driver=driver)
     return Hardware(gpus=(gpu,), ram_bytes=32 * GIB, platform="linux")
 
 
@@ -113,6 +115,25 @@ def test_a_portable_is_updated_by_its_own_script(ask, root):
     version(root, "0.8.2")
     (root.parent / "python_embeded").mkdir()
     assert ask()["comfyui-too-old"].fix == f"{root.parent}\\update\\update_comfyui.bat"
+
+
+def test_a_portable_of_windows_told_of_in_a_report():
+    found = comfyui_checks.update(ComfyUI("ComfyUI", "D:\\my programs\\portable\\ComfyUI", layout="portable"))
+    assert found == '"D:\\my programs\\portable\\update\\update_comfyui.bat"'
+
+
+def test_a_comfyui_that_nothing_says_how_to_start(tmp_path):
+    checks = [comfyui_checks.lowvram_does_nothing, comfyui_checks.black_picture, comfyui_checks.custom_node_broken]
+    found = run_checks(checks, {}, [{"comfyui": ComfyUI("ComfyUI", str(tmp_path), "0.29.0")}])
+    assert [each.status for each in found] == ["skipped"] * 3
+    assert found[0].why == "No script or setting says with which arguments ComfyUI is started."
+    assert found[2].why == "ComfyUI has no log of a start."
+
+
+def test_a_comfyui_that_does_not_say_its_version(tmp_path):
+    checks = [comfyui_checks.comfyui_too_old, comfyui_checks.cliploader_lacks_flux2]
+    for result in run_checks(checks, {}, [{"comfyui": ComfyUI("models", str(tmp_path), layout="models")}]):
+        assert (result.status, result.why) == ("skipped", "Nothing says which version of ComfyUI models is of.")
 
 
 def test_the_transformer_was_put_into_checkpoints(ask, root):
@@ -295,6 +316,10 @@ def test_fp8_with_a_torch_that_lacks_the_kernels(ask, root):
     venv(root / "venv", "torch-2.9.0+cu128")
     problem = ask()["fp8-kernels-missing"]
     assert "this torch is for CUDA 12.8" in problem.why
+    assert "torchvision" in problem.fix and problem.fix.endswith("/whl/cu130")
+    assert problem.remedy is not None and problem.remedy.action == "install-packages"
+    old = ask(hardware=card(driver="570.133.07"))["fp8-kernels-missing"]
+    assert "that driver 580" in old.why and old.fix.startswith("install driver 580") and old.remedy is None
     assert "fp8-kernels-missing" not in ask(hardware=card("NVIDIA GeForce GTX 1080 Ti", "6.1"))
 
 

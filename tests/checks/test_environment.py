@@ -279,6 +279,15 @@ def test_packages_leak_in_from_the_users_own_folder(tmp_path, empty_home):
     assert problems(found)["packages-in-other-python"].fix.endswith("-s main.py")
 
 
+def test_what_an_environment_does_not_have_is_not_called_well():
+    scene = {"environment": Environment(Path("/usr/bin/python3"), {})}
+    found = {each.name: each for each in run_checks(CHECKS, {"hardware": card(), "system": System()}, [scene])}
+    for name in ("torch-without-cuda", "torch-versions-differ"):
+        assert (found[name].status, found[name].why) == ("skipped", "There is no torch in the Python beside kleinctl.")
+    for name in ("diffusers-too-old", "accelerate-missing", "packages-in-other-python", "home-writable"):
+        assert found[name].status == "skipped"
+
+
 def test_pythonhome_is_set():
     problem = problems(system=System(variables={"PYTHONHOME": "/opt/python3.9"}))["packages-in-other-python"]
     assert problem.fix == "unset PYTHONHOME"

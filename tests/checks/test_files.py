@@ -77,15 +77,34 @@ def test_a_file_that_is_longer_than_its_header_says(store):
     assert about_files()["weights-truncated"].what.endswith("is longer than its header says")
 
 
+def test_a_header_and_then_nothing_but_zeros(comfy):
+    path = comfy / "models/diffusion_models/flux-2-klein-4b.safetensors"
+    size = files.write(path, files.flux2(**files.KLEIN_4B)).stat().st_size
+    path.write_bytes(files.header(files.flux2(**files.KLEIN_4B)))
+    os.truncate(path, size)
+    problem = about_files(comfy)["weights-zeros"]
+    assert "blocks 3072 wide: FLUX.2 [klein] 4B" in problem.why
+    assert "zeros in 16 of 16 places of its weights" in problem.why
+    assert problem.remedy.arguments["part"] == "transformer-bf16"
+
+
+def test_a_file_of_a_diffusers_folder_is_fetched_into_it(tmp_path):
+    files.write(tmp_path / TRANSFORMER, files.flux2_diffusers(**files.KLEIN_9B), missing=7)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "Flux2KleinPipeline"}')
+    assert about_files(tmp_path)["weights-truncated"].fix == (
+        f'hf download black-forest-labs/FLUX.2-klein-9B {TRANSFORMER} --local-dir "{tmp_path}" --force-download'
+    )
+
+
 def test_a_git_clone_without_lfs(store, tmp_path):
     vae = PLUGINS.models["klein-4b"].part("vae")
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{vae.sha256}\nsize {vae.size}\n"
     (store / VAE).write_text(pointer)
     problem = about_files()["weights-lfs-pointer"]
-    assert problem.what == "diffusion_pytorch_model.safetensors is a Git LFS pointer, not the file it stands for"
+    assert problem.what == "vae/diffusion_pytorch_model.safetensors is a Git LFS pointer, not the file it stands for"
     assert "168 MB" in problem.why
     assert f"sha256 {vae.sha256[:12]}" in problem.why
-    assert "The file itself is klein-4b/vae." in problem.why
+    assert problem.why.count("klein-4b/vae") == 1
     assert (problem.ref, problem.remedy.consent) == ("B03", "auto")
     (tmp_path / "clone").mkdir()
     (tmp_path / "clone/vae.safetensors").write_text(pointer)
@@ -169,6 +188,11 @@ def test_flux1s_ae_renamed_to_flux2_vae(comfy):
     assert problem.evidence[0].wanted == "the FLUX.2 VAE"
 
 
+def test_a_text_encoder_saved_as_the_vae(comfy):
+    files.write(comfy / "models/vae/flux2-vae.safetensors", files.qwen3(**files.QWEN3_4B))
+    assert about_files(comfy)["wrong-vae"].ref == "C09"
+
+
 def test_klein_9b_in_the_place_of_4b(store):
     files.write(store / TRANSFORMER, files.flux2_diffusers(**files.KLEIN_9B))
     found = about_files()
@@ -242,12 +266,24 @@ def test_distilled_weights_that_somebody_named_base(comfy):
 
 def test_comfyuis_fp8_file_in_a_diffusers_folder(tmp_path):
     shapes = {**files.flux2_diffusers(**files.KLEIN_4B), "proj_out.weight_scale": ()}
-    files.write(tmp_path / TRANSFORMER, shapes, "F8_E4M3", _scale="F32")
+    files.write(tmp_path / TRANSFORMER, shapes, "F8_E4M3", {"_quantization_metadata": "{}"}, _scale="F32")
     (tmp_path / "model_index.json").write_text('{"_class_name": "Flux2KleinPipeline"}')
     problem = about_files(tmp_path)["fp8-in-diffusers"]
     assert problem.what.endswith("is quantised (fp8) and lies where diffusers looks")
     assert "ComfyUI/models/diffusion_models" in problem.fix
     assert problem.ref == "C14"
+    files.write(tmp_path / TRANSFORMER, shapes, "F8_E4M3", _scale="F32")
+    problem = about_files(tmp_path)["fp8-in-diffusers"]
+    assert "ComfyUI would ignore them" in problem.why
+    assert "ComfyUI reads them" not in problem.why
+    assert problem.fix == "kleinctl install"
+
+
+def test_an_eight_bit_file_that_diffusers_reads(tmp_path):
+    shapes = {**files.flux2_diffusers(**files.KLEIN_4B), "transformer_blocks.0.attn.to_q.SCB": (3072,)}
+    files.write(tmp_path / TRANSFORMER, shapes, "I8", SCB="F32")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "Flux2KleinPipeline"}')
+    assert about_files(tmp_path) == {}
 
 
 def test_a_gguf_file_in_a_diffusers_folder(tmp_path):
@@ -270,6 +306,44 @@ def test_a_single_file_transformer_in_a_diffusers_folder(tmp_path):
     problem = about_files(tmp_path)["single-file-config"]
     assert problem.ref == "C13"
     assert 'config="black-forest-labs/FLUX.2-klein-4B"' in problem.fix
+    files.write(tmp_path / TRANSFORMER, files.flux2(**files.KLEIN_9B))
+    assert 'config="black-forest-labs/FLUX.2-klein-9B"' in about_files(tmp_path)["single-file-config"].fix
+
+
+def test_comfyuis_vae_in_a_diffusers_folder(tmp_path):
+    files.write(tmp_path / VAE, files.vae())
+    (tmp_path / "model_index.json").write_text('{"_class_name": "Flux2KleinPipeline"}')
+    problem = about_files(tmp_path)["single-file-config"]
+    assert problem.what == "vae/diffusion_pytorch_model.safetensors has ComfyUI's layout and lies where diffusers looks"
+    assert problem.fix.startswith("AutoencoderKLFlux2.from_single_file(")
+
+
+# B16: a transformer of diffusers for ComfyUI, and what nobody knows
+
+
+def test_diffusers_transformer_under_comfyuis_name(comfy):
+    path = comfy / "models/diffusion_models/flux-2-klein-4b.safetensors"
+    files.write(path, files.flux2_diffusers(**files.KLEIN_4B))
+    problem = about_files(comfy)["diffusers-file-in-comfyui"]
+    assert "KeyError: 'x_embedder.bias'" in problem.why
+    assert (problem.ref, problem.severity) == ("B16", "error")
+    assert problem.remedy.arguments["part"] == "transformer-bf16"
+    (comfy / "models/diffusers").mkdir()
+    path.rename(comfy / "models/diffusers/model.safetensors")  # a folder for such files
+    assert about_files(comfy) == {}
+
+
+def test_an_unknown_model_under_a_known_name(store, comfy):
+    path = comfy / "models/diffusion_models/flux-2-klein-4b.safetensors"
+    files.write(path, {"some.weight": (4096, 512)})
+    problem = about_files(comfy)["wrong-content"]
+    assert problem.what == "flux-2-klein-4b.safetensors is not known to be FLUX.2 [klein] 4B"
+    assert "some.weight [4096, 512]" in problem.why
+    assert (problem.ref, problem.severity) == ("B16", "warning")
+    path.rename(path.with_name("my-own.safetensors"))
+    assert about_files(comfy) == {}
+    files.write(store / TRANSFORMER, {"some.weight": (4096, 512)})
+    assert about_files()["wrong-content"].severity == "error"
 
 
 def test_an_fp8_file_in_a_comfyui_is_where_it_belongs(comfy):

@@ -73,6 +73,17 @@ def test_what_is_no_size_stays_a_misuse(typed):
         parse_size(nearest_size(typed))
 
 
+@pytest.mark.parametrize("typed", ["123456x16", "1e3x5", "512 by 512"])
+def test_what_is_no_size_is_told_as_it_was_typed(typed):
+    with pytest.raises(Misuse) as raised:
+        parse_size(nearest_size(typed))
+    assert repr(typed) in raised.value.problem.what
+
+
+def test_the_longest_side_of_five_digits_stays_one():
+    assert nearest_size("99999x16") == "99984x16"
+
+
 def test_a_full_hd_picture_is_told_to_be_rounded():
     problem = asked(asked=asked_size("1920x1080"), width=1920, height=1088)["size-rounded"]
     assert problem.what == "1920x1080 is drawn as 1920x1088"

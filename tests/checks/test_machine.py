@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from kleinctl.checks import Check, machine, run_checks
+from kleinctl.checks import Check, CouldNotCheck, check, machine, run_checks
 from kleinctl.facts import ComfyUI, System
 from kleinctl.facts.system import Battery, WslConfig
 from kleinctl.hardware import Gpu, Hardware, Mig, MigInstance, NvmlState, OtherGpu
@@ -57,6 +57,45 @@ def test_every_problem_has_evidence_and_a_fix(good):
     broken = card(good, throttled=("heat",), vram_free_bytes=GB, compute_capability="7.5")
     found = problems(broken, replace(HEALTHY, libcuda=False, vc_runtime=""))
     assert len(found) >= 5 and all(each.evidence and each.fix for each in found.values())
+
+
+def told(hardware: Hardware, system: System) -> dict[str, tuple[str, str]]:
+    """How each check ended, and its line."""
+    return {each.name: (each.status, each.why) for each in run_checks(CHECKS, {"hardware": hardware, "system": system})}
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("no-bf16", "There is no NVIDIA card to use."),
+        ("vram-taken", "There is no NVIDIA card to use."),
+        ("card-throttled", "There is no NVIDIA card to use."),
+        ("several-cards", "There is no NVIDIA card to use."),
+        ("cuda-malloc-wanted", "There is no NVIDIA card to use."),
+        ("no-driver", "There is no NVIDIA card."),
+        ("card-hidden", "There is no NVIDIA card."),
+        ("mig-slice", "There is no NVIDIA card."),
+        ("container-without-gpu", "This is no container."),
+        ("wsl-memory", "This is not WSL."),
+        ("wslconfig-ignored", "This is not WSL."),
+        ("page-file-too-small", "This is not Windows."),
+        ("vc-runtime-missing", "This is not Windows."),
+    ],
+)
+def test_what_a_machine_does_not_have_is_not_called_well(name, why, good):
+    assert told(replace(good, gpus=()), HEALTHY)[name] == ("skipped", why)
+
+
+def test_a_document_that_says_nothing_of_the_system_proves_nothing(good):
+    found = told(good, System())
+    assert found["path-trouble"] == ("skipped", "Nothing is known of the system around the card.")
+    assert found["no-driver"] == ("skipped", "Nothing is known of libcuda.")
+
+
+def test_windows_that_does_not_say_how_much_it_can_promise():
+    windows = replace(recorded("rtx-4090"), commit_free_bytes=None)
+    found = told(windows, replace(HEALTHY, vc_runtime=None))
+    assert found["page-file-too-small"] == found["vc-runtime-missing"] == ("skipped", "Windows did not say.")
 
 
 # The driver
@@ -344,3 +383,48 @@ def test_comfyui_in_program_files():
     comfyui = ComfyUI("ComfyUI", "C:\\Program Files\\ComfyUI")
     problem = problems(recorded("rtx-4090"), WINDOWS, comfyui)["path-trouble"]
     assert problem.what == "ComfyUI in ComfyUI lies where things go wrong"
+
+
+def test_a_card_that_is_newer_than_every_build_of_torch(good):
+    problem = problems(card(good, compute_capability="14.0"))["torch-lacks-card"]
+    assert "newer than the builds" in problem.why and problem.ref == "A03"
+
+
+def test_a_hidden_card_on_windows():
+    windows = recorded("rtx-4090")
+    hidden = card(windows, hidden=True)
+    problem = problems(hidden, replace(WINDOWS, variables={"CUDA_VISIBLE_DEVICES": "-1"}))["card-hidden"]
+    assert problem.fix == r"reg delete HKCU\Environment /v CUDA_VISIBLE_DEVICES /f   # then open a new terminal"
+
+
+def test_memory_that_is_taken_by_nobody_knows_whom():
+    problem = problems(recorded("h100-mig"))["vram-taken"]
+    assert problem.why == "The driver does not say by whom."
+    assert problem.fix.startswith("nvidia-smi")
+
+
+# How a check ends
+
+
+def test_a_scene_that_crashes_a_check_hides_no_other():
+    @check("odd")
+    def odd(number: int) -> Problem:
+        return Problem(f"{12 // number} is wrong", "Because.", "mend it")
+
+    [result] = run_checks([odd], {}, [{"number": 3}, {"number": 0}, {"number": 4}])
+    assert (result.status, result.why) == (
+        "skipped",
+        "The check crashed: ZeroDivisionError: integer division or modulo by zero",
+    )
+    assert [each.what for each in result.problems] == ["4 is wrong", "3 is wrong"]
+
+
+def test_a_check_may_know_enough_of_one_scene():
+    @check("some")
+    def some(number: int) -> None:
+        if number == 3:
+            raise CouldNotCheck("It is three.")
+
+    only, one_of_two = (run_checks([some], {}, [{"number": n} for n in numbers])[0] for numbers in ((3,), (3, 4)))
+    assert (only.status, only.why) == ("skipped", "It is three.")
+    assert one_of_two.status == "ok"

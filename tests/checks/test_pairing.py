@@ -78,12 +78,12 @@ def test_every_pair_gets_the_right_verdict(transformer, encoder, vae, tmp_path):
 def test_an_8b_text_encoder_beside_a_4b_transformer(tmp_path):
     folder = folder_of(tmp_path, files.flux2_diffusers(**files.KLEIN_4B), files.qwen3(**files.QWEN3_8B))
     problem = by_name(folder)["text-encoder-width"]
-    assert problem.what == "model.safetensors does not fit diffusion_pytorch_model.safetensors"
+    assert problem.what == "text_encoder/model.safetensors does not fit transformer/diffusion_pytorch_model.safetensors"
     assert problem.why == (
         "The transformer is FLUX.2 [klein] 4B and needs Qwen3 4B (2560 wide); this file is Qwen3 8B (4096 wide). "
         "It belongs to FLUX.2 [klein] 9B. Its VAE is not concerned."
     )
-    assert problem.fix == "kleinctl install --model klein-4b"
+    assert problem.fix.startswith("kleinctl install --model klein-4b   # a whole copy")
     assert problem.ref == "C01"
 
 
@@ -247,6 +247,29 @@ def test_base_weights_in_a_folder_marked_as_distilled(tmp_path):
     assert problem.what == "set has base weights and is marked as distilled"
     assert '"is_distilled": false' in problem.fix
     index(folder)
+    assert problems(folder) == []
+
+
+def test_a_folder_named_for_the_other_variant(tmp_path):
+    folder = folder_of(tmp_path / "FLUX.2-klein-base-4B", files.flux2_diffusers(**files.KLEIN_4B))
+    assert problems(folder) == []
+    index(folder, is_distilled=True)
+    problem = by_name(folder)["wrong-variant"]
+    assert "the folder's name, which may err, says the base variant" in problem.why
+    assert problem.severity == "warning"
+    folder = folder_of(tmp_path / "FLUX.2-klein-4B", files.flux2_diffusers(**files.KLEIN_4B))
+    assert '"is_distilled": true' in by_name(folder)["wrong-variant"].fix
+
+
+def test_flux1_or_the_unknown_under_kleins_pipeline(tmp_path):
+    folder = folder_of(tmp_path / "set", files.flux1_diffusers())
+    problem = by_name(folder)["wrong-transformer"]
+    assert problem.what == "transformer/diffusion_pytorch_model.safetensors is not a transformer of klein"
+    files.write(folder / TRANSFORMER, {"some.weight": (4096, 512)})
+    problem = by_name(folder)["wrong-content"]
+    assert "some.weight [4096, 512]" in problem.why
+    assert problem.severity == "warning"
+    index(folder, "SomeOtherPipeline", transformer=["diffusers", "Other"])
     assert problems(folder) == []
 
 

@@ -219,6 +219,11 @@ def test_weights_on_a_disk_that_is_slow():
     assert disks() == disks(rotational=False) == []
 
 
+def test_a_disk_of_which_nothing_is_known_is_not_called_fast():
+    [result] = run_checks([slow_disk], {"hardware": replace(CARD, disks={}), "model": KLEIN})
+    assert (result.status, result.why) == ("skipped", "The system does not say what kind of disk the models are on.")
+
+
 def test_less_memory_than_weights():
     [(_, _, why)] = disks(replace(CARD, ram_bytes=8 * GIB))
     assert "16.0 GB of weights are more than the 8.0 GiB of memory" in why

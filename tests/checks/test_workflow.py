@@ -71,6 +71,16 @@ def ask(judge, tmp_path: Path) -> Callable[..., dict[str, Problem]]:
     return problems
 
 
+def graph_of(prompt: str) -> dict[str, Any]:
+    """A recorded prompt."""
+    return json.loads((RECORDED / f"prompt_{prompt}.json").read_text())
+
+
+def key_of(graph: dict[str, Any], kind: str) -> str:
+    """The first node of a type."""
+    return next(key for key, each in graph.items() if each["class_type"] == kind)
+
+
 def put(key: str, name: str, value: Any) -> Change:
     """Set an input of a node; `class_type` is its type."""
 
@@ -179,6 +189,21 @@ def test_a_file_in_another_loaders_folder(ask, root):
     assert "It lies in checkpoints; VAELoader lists vae alone." in ask()["value-not-in-list"].why
 
 
+def test_a_bare_transformer_named_as_a_checkpoint_is_not_sent_there(ask, root):
+    def change(graph: dict[str, Any]) -> None:
+        put("1", "class_type", "CheckpointLoaderSimple")(graph)
+        graph["1"]["inputs"] = {"ckpt_name": TRANSFORMER}
+
+    problem = ask(change)["value-not-in-list"]
+    assert problem.why == "It lies in diffusion_models; CheckpointLoaderSimple lists checkpoints alone."
+    assert problem.fix == "load it with UNETLoader in the place of node 1"
+
+
+def test_flux_as_the_type_of_the_text_encoder_is_told_without_an_error_that_may_not_come(ask):
+    problem = ask(put("2", "type", "flux"))["text-encoder-not-stacked"]
+    assert "mat1" not in problem.why and "CLIPLoader does not offer" in problem.why
+
+
 def test_without_a_comfyui_no_file_is_missed(ask):
     assert ask(put("3", "vae_name", "elsewhere.safetensors"), with_comfyui=False) == {}
 
@@ -209,6 +234,23 @@ def test_the_flux1_vae_with_klein(ask, root):
     assert problem.what == f"{VAE} does not fit {TRANSFORMER}"
     assert problem.ref == "C09"
     assert "vae-channels" in ask(prompt="edit_distilled")
+
+
+def test_the_right_vae_is_chosen_where_it_is_there_and_the_wrong_one_left_alone(ask, root):
+    weights.write(root / "models" / "vae" / "ae.safetensors", weights.vae(channels=16, statistics=False))
+    loader = key_of(graph_of("t2i_distilled"), "VAELoader")
+    problem = ask(put(loader, "vae_name", "ae.safetensors"))["vae-channels"]
+    assert problem.fix.startswith("kleinctl doctor --fix --workflow ")
+    assert problem.remedy is not None and problem.remedy.action == "edit-workflow"
+    assert dict(problem.remedy.arguments)["value"] == VAE
+    assert problem.remedy.consent == "auto"
+
+
+def test_a_wrong_file_without_a_right_one_beside_it_is_never_replaced(ask, root):
+    weights.write(root / "models" / "text_encoders" / ENCODER, weights.qwen3(**weights.QWEN3_8B))
+    problem = ask()["text-encoder-width"]
+    assert problem.remedy is None
+    assert problem.fix.startswith(f'kleinctl install --model klein-4b --comfyui "{root}"   # then choose')
 
 
 def test_a_decoder_alone_where_a_picture_is_encoded(ask, root):
@@ -321,6 +363,20 @@ def test_guidance_on_the_distilled_model(ask, judge, root, tmp_path):
     assert problem.severity == "warning"  # a name proves little
 
 
+def test_guidance_is_set_in_the_node_that_has_it(ask, root, tmp_path):
+    rename(root, "diffusion_models", TRANSFORMER, "flux-2-klein-4b.safetensors")
+
+    def change(graph: dict[str, Any]) -> None:
+        put(key_of(graph, "UNETLoader"), "unet_name", "flux-2-klein-4b.safetensors")(graph)
+        put(key_of(graph, "CFGGuider"), "cfg", 5)(graph)
+
+    remedy = ask(change)["guidance-on-distilled"].remedy
+    assert remedy is not None and remedy.consent == "ask"
+    told = dict(remedy.arguments)
+    workflow_now = json.loads(workflow.edit(Path(told["path"]), told["node"], told["input"], told["value"]))
+    assert workflow_now[told["node"]]["inputs"]["cfg"] == 1
+
+
 def test_what_is_known_by_its_content_is_an_error(ask, root):
     read = comfyui.read(root)
     files = tuple(replace(each, variant="base", content_by="sha256") for each in gathered(read))
@@ -407,3 +463,12 @@ def test_another_models_workflow_is_none_of_our_business(ask, root):
         graph["10"]["class_type"] = "EmptyLatentImage"
 
     assert ask(change) == {}
+
+
+def test_what_cannot_be_told_of_a_workflow_is_not_called_well(tmp_path):
+    (tmp_path / "broken.json").write_text("{")
+    broken, empty = workflow.read(tmp_path / "broken.json"), workflow.Workflow("notes.json", "api")
+    for each, why in ((broken, "The workflow cannot be read."), (empty, "No sampler in it is seen to run klein.")):
+        found = {one.name: one for one in run_checks(OWN, {}, [{"workflow": each}])}
+        assert (found["text-encoder-not-stacked"].status, found["text-encoder-not-stacked"].why) == ("skipped", why)
+    assert found["workflow-unreadable"].status == "ok"

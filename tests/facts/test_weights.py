@@ -15,6 +15,7 @@ from kleinctl.facts.weights import FoundFile
 from kleinctl.store import Stamps
 from tests import weights as files
 from tests.checks.looking import PLUGINS
+from tests.conftest import REPOSITORY
 
 LONG = "text_encoders/qwen_3_4b.safetensors"
 
@@ -160,6 +161,21 @@ def test_a_pointer_names_the_part_it_stands_for(tmp_path):
     (tmp_path / "some.safetensors").write_text(text)
     [found] = gather(tmp_path)
     assert (found.content, found.content_by) == ("klein-4b/vae", "pointer")
+
+
+def test_repacked_weights_are_known_by_their_fingerprint_and_others_of_that_length_are_not(tmp_path):
+    part = PLUGINS.models["klein-tiny"].part("transformer")
+    own = REPOSITORY / "manifests/klein-tiny/transformer/diffusion_pytorch_model.safetensors"
+    raw = bytearray(own.read_bytes())
+    (tmp_path / "mine.safetensors").write_bytes(raw)
+    [found] = gather(tmp_path)
+    assert (found.content, found.content_by, found.variant) == (part.ref, "fingerprint", "distilled")
+    start = 8 + int.from_bytes(raw[:8], "little")
+    raw[start:] = bytes(byte ^ 1 for byte in raw[start:])
+    (tmp_path / "mine.safetensors").write_bytes(raw)
+    [found] = gather(tmp_path)
+    assert found.identity.size_bytes == part.size
+    assert (found.content, found.variant) == ("", "")
 
 
 def sized(path: Path, size: int, shapes: dict) -> Path:

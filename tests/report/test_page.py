@@ -1,4 +1,4 @@
-"""The page that doctor writes for people, looked at in a real browser where there is one."""
+"""The pages that doctor and triage write for people, looked at in a real browser where there is one."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ import pytest
 from kleinctl.facts import Facts, weights
 from kleinctl.hardware import Hardware
 from kleinctl.plugins import Plugins
-from kleinctl.report import page
+from kleinctl.problem import KleinctlError
+from kleinctl.report import bundle, page, triage
 from kleinctl.survey import judge
 from tests import weights as files
 from tests.conftest import REPOSITORY
+from tests.report import machines
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
@@ -32,6 +34,27 @@ def document(empty_home: Path) -> dict:
     recorded = json.loads((REPOSITORY / "tests/fixtures/hardware/rtx-4070-ti-super.json").read_text())
     facts = Facts(Hardware.from_json(recorded["hardware"]), files=weights.gather(Plugins()))
     return judge(Plugins(), facts).to_json()
+
+
+@pytest.fixture
+def many() -> dict:
+    """What triage says of machines that are well, that are not, and of a file that is no report."""
+    recorded = [machines.hardware(name) for name in ("rtx-4070-ti-super", "gtx-1080-ti")]
+    found = [
+        triage.judged(Plugins(), bundle.Report(Path(f"{'a-long-name-' * 9}{n}.zip"), Facts(machine)))
+        for n, machine in enumerate(recorded)
+    ]
+    with pytest.raises(KleinctlError) as odd:
+        bundle.read(Path(__file__))
+    return triage.document(found, [odd.value.problem])
+
+
+@pytest.fixture(params=["doctor", "triage"])
+def text(request) -> str:
+    """Each page."""
+    if request.param == "doctor":
+        return page.doctor(request.getfixturevalue("document"))
+    return page.triage(request.getfixturevalue("many"))
 
 
 def browse(folder: Path, text: str, *options: str) -> str:
@@ -64,8 +87,7 @@ def test_the_page_says_what_the_terminal_says(document):
         assert escape(words) in text
 
 
-def test_the_page_needs_nothing_from_anywhere(document):
-    text = page.doctor(document)
+def test_the_page_needs_nothing_from_anywhere(text):
     assert re.findall(r"(?:src|href)=|url\(|@import", text) == []
     assert "default-src 'none'" in text
 
@@ -88,16 +110,16 @@ def test_a_file_name_that_is_html_stays_text(document):
 
 @needs_browser
 @pytest.mark.browser
-def test_a_browser_shows_it_and_every_fix_has_a_button(document, tmp_path):
-    seen = browse(tmp_path, page.doctor(document))
+def test_a_browser_shows_it_and_every_fix_has_a_button(text, tmp_path):
+    seen = browse(tmp_path, text)
     assert seen.count('<button type="button">Copy</button>') == seen.count('<pre class="copy">') > 0
 
 
 @needs_browser
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [360, 1000])
-def test_nothing_runs_out_of_a_phone_screen(document, tmp_path, width):
-    inner = escape(page.doctor(document), quote=True)
+def test_nothing_runs_out_of_a_phone_screen(text, tmp_path, width):
+    inner = escape(text, quote=True)
     frame = f'<iframe id=f width={width} height=2000 srcdoc="{inner}"></iframe>'
     script = "onload = () => { const d = f.contentDocument.documentElement; document.title = d.scrollWidth; }"
     seen = browse(tmp_path, f"<!doctype html><title>?</title>{frame}<script>{script}</script>")
@@ -106,12 +128,12 @@ def test_nothing_runs_out_of_a_phone_screen(document, tmp_path, width):
 
 @needs_browser
 @pytest.mark.browser
-def test_light_and_dark_are_pictures_of_their_own(document, tmp_path):
+def test_light_and_dark_are_pictures_of_their_own(text, tmp_path):
     from PIL import Image, ImageStat
 
     def brightness(*options: str) -> float:
         shot = tmp_path / "shot.png"
-        browse(tmp_path, page.doctor(document), f"--screenshot={shot}", "--window-size=800,1200", *options)
+        browse(tmp_path, text, f"--screenshot={shot}", "--window-size=800,1200", *options)
         picture = Image.open(shot).convert("L")
         assert picture.getextrema()[1] - picture.getextrema()[0] > 100  # something is drawn
         return ImageStat.Stat(picture).mean[0]
@@ -122,7 +144,7 @@ def test_light_and_dark_are_pictures_of_their_own(document, tmp_path):
 
 @needs_browser
 @pytest.mark.browser
-def test_it_prints(document, tmp_path):
+def test_it_prints(text, tmp_path):
     printed = tmp_path / "page.pdf"
-    browse(tmp_path, page.doctor(document), f"--print-to-pdf={printed}")
+    browse(tmp_path, text, f"--print-to-pdf={printed}")
     assert printed.read_bytes().startswith(b"%PDF")

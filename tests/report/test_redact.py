@@ -58,6 +58,16 @@ def members(data: bytes) -> dict[str, str]:
         ('kleinctl run -o x "my boss"', 'kleinctl run -o x "PROMPT (7 characters)"'),
         ("input was truncated because CLIP can only handle sequences up to 77 tokens: ['nude']", "77 tokens: PROMPT"),
         ("Prompt executed in 12.30 seconds", "Prompt executed in 12.30 seconds"),
+        (r"loading C:\Users\Max Meyer\ComfyUI\x.txt now", r"loading C:\Users\USER 1\ComfyUI\FILE_1.txt now"),
+        ("/mnt/c/Users/Ana de la Cruz/ComfyUI/main.py", "/mnt/c/Users/USER 1/ComfyUI/main.py"),
+        ("copied /Users/anna to /Volumes/x", "copied /Users/USER_1 to /Volumes/FOLDER_1"),
+        (r'{\"text\": \"my boss\", \"seed\": 1}', r'{\"text\": PROMPT (9 characters)\", \"seed\": 1}'),
+        ("prompt=['one cat', 'my boss'], seed=1", "prompt=PROMPT (22 characters), seed=1"),
+        ('"widgets_values": ["my boss", "fixed"]', '"widgets_values": PROMPT (20 characters)'),
+        ("python make.py -p 'my boss' --seed 1", "python make.py -p 'PROMPT (7 characters)' --seed 1"),
+        ("docker run -p 8188:8188", "docker run -p 8188:8188"),
+        ("login --hf-token abcdef123456", "login --hf-token TOKEN_"),
+        ("--max-tokens 1000000", "--max-tokens 1000000"),
         ("std::bad_alloc at 12:30:45, 100%|██| 4/4 [00:12<00:00]", "bad_alloc at 12:30:45, 100%|██| 4/4 [00:12<00:00]"),
     ],
 )  # fmt: skip
@@ -239,3 +249,17 @@ def test_no_rule_takes_long_on_a_line_that_nearly_matches():
         line = (near * 2000)[:2000]  # `logs.readable` cuts lines there
         redact.Redactor(OWNER).text("\n".join([line] * 10))
     assert time.perf_counter() - start < 10
+
+
+def test_every_word_of_a_persons_name_is_hidden(tmp_path):
+    """A login with a space in it, as Windows makes them."""
+    known = owner(environ={"USERNAME": "Jörg Müller", "USERPROFILE": str(tmp_path)}, root=tmp_path)
+    text = Redactor(known).text("Müller asked; j%C3%B6rg answered on E:/Fotos Müller")
+    assert not {"Müller", "Jörg"} & set(spellings(text)[-1].replace("/", " ").split())
+    assert "rg" not in text
+
+
+def test_a_file_with_a_space_keeps_its_extension_wherever_it_is_told():
+    hide = redactor()
+    told = [hide.text(f'loading "/data/my face.{end}"') for end in ("safetensors", "safetensors")]
+    assert told == ['loading "/data/FILE 1.safetensors"'] * 2

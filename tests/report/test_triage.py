@@ -115,6 +115,78 @@ def test_memory_that_changes_from_minute_to_minute_is_no_difference():
     assert triage.differences(Facts(machine), Facts(later)) == []
 
 
+def test_reports_of_the_same_name_are_machines_of_their_own(tmp_path, kleinctl):
+    for name in ("anna", "bob"):
+        (tmp_path / name).mkdir()
+        machines.write(tmp_path / name / "report.zip", Facts(machines.hardware("gtx-1080-ti")))
+    document = json.loads(kleinctl("triage", "--json", "anna/report.zip", "bob/report.zip").stdout)
+    [problem] = document["problems"]
+    assert (problem["count"], problem["reports"]) == (2, ["anna/report.zip", "bob/report.zip"])
+    assert [each["file"] for each in document["reports"]] == problem["reports"]
+
+
+def test_two_reports_of_one_case_are_one_machine(tmp_path, kleinctl):
+    for name in ("a.zip", "b.zip"):
+        machines.write(tmp_path / name, Facts(machines.hardware("gtx-1080-ti")), case="T-7")
+    [problem] = json.loads(kleinctl("triage", "--json", "a.zip", "b.zip").stdout)["problems"]
+    assert (problem["count"], problem["reports"]) == (1, ["T-7"])
+
+
+def test_each_log_that_was_given_is_explained_and_named(tmp_path, kleinctl):
+    logs = (Log("new.log", "given", "all is well"), Log("old.log", "given", f"starting\n{SHAPES}"))
+    machines.write(tmp_path / "a.zip", Facts(machines.hardware()), logs)
+    assert f"\nline 2 of FILE_2.log: {SHAPES}\n" in kleinctl("triage", "a.zip").stdout
+
+
+def test_a_remedy_written_into_a_report_is_not_taken_over(tmp_path, kleinctl):
+    document = json.loads(bundle._member(machines.report(Facts(machines.hardware())), "report.json"))
+    remedy = {"action": "set", "arguments": {"path": str(tmp_path / "victim")}, "consent": "auto"}
+    said = {"name": "vram-taken", "severity": "error", "what": "x", "why": "y", "fix": "z", "remedy": remedy}
+    document["findings"]["problems"] = [said]
+    (tmp_path / "report.json").write_text(json.dumps({**document, "remedy": remedy}))
+    assert "victim" not in kleinctl("triage", "--json", "report.json").stdout
+    assert "victim" not in kleinctl("doctor", "--from", "report.json", "--json").stdout
+    assert kleinctl("doctor", "--from", "report.json", "--fix", "--yes").exit_code == 2
+
+
+def test_one_report_as_a_page_is_doctors_page_with_its_case(tmp_path, kleinctl):
+    log = Log("worker-1.log", "worker", SHAPES)
+    machines.write(tmp_path / "a.zip", Facts(machines.hardware()), (log,), case="T-7", note="grey <picture>")
+    answer = kleinctl("triage", "a.zip", "--html", "page.html")
+    assert (answer.exit_code, answer.stderr) == (1, "the page is page.html\n")
+    page = (tmp_path / "page.html").read_text()
+    for words in ("kleinctl doctor", "1 error, no warnings", "T-7", "grey &lt;picture&gt;", f"worker-1.log: {SHAPES}"):
+        assert words in page
+
+
+def test_many_reports_as_a_page(reports, tmp_path, kleinctl):
+    answer = kleinctl("triage", str(reports), "--html", "page.html")
+    assert answer.exit_code == 1
+    page = (tmp_path / "page.html").read_text()
+    for words in (
+        "4 reports: 2 with errors, 1 well",
+        "the only error of 2",
+        "old-1.zip, old-2.zip",
+        "odd.zip is no report",
+    ):
+        assert words in page
+
+
+def test_two_reports_side_by_side_and_old_ones_as_pages(reports, tmp_path, kleinctl):
+    two = [str(reports / name) for name in ("well.zip", "old-1.zip")]
+    kleinctl("triage", "--diff", *two, "--html", "page.html")
+    assert "<td>gpu0.driver</td>" in (tmp_path / "page.html").read_text()
+    kleinctl("triage", "--replay", str(reports), "--html", "page.html")
+    assert "Judged differently now" in (tmp_path / "page.html").read_text()
+
+
+def test_a_page_is_not_written_over_a_report(reports, kleinctl):
+    well, before = reports / "well.zip", (reports / "well.zip").read_bytes()
+    answer = kleinctl("triage", str(reports / "pascal.zip"), "--html", str(well))
+    assert (answer.exit_code, well.read_bytes()) == (2, before)
+    assert "Only such a page is written over." in answer.stderr
+
+
 def test_todays_rules_on_old_reports(tmp_path, kleinctl):
     folder = tmp_path / "old"
     folder.mkdir()
@@ -202,7 +274,8 @@ def test_a_report_of_this_machine_and_its_diagnosis_elsewhere(empty_home, tmp_pa
     }
     elsewhere = kleinctl("triage", "mine.zip", KLEINCTL_HOME=str(tmp_path / "other"))
     assert elsewhere.exit_code == 1
-    assert "error[wrong-vae]: diffusion_pytorch_model.safetensors is not the VAE of klein-4b" in elsewhere.stdout
+    assert "error[wrong-vae]: " in elsewhere.stdout
+    assert "diffusion_pytorch_model.safetensors is not the VAE of klein-4b" in elsewhere.stdout
     assert "error[text-encoder-width]" in elsewhere.stdout
     again = kleinctl("report", "-o", "mine.zip")
     assert (again.exit_code, "mine.zip exists" in again.stderr) == (2, True)
@@ -228,3 +301,12 @@ def test_a_log_that_is_not_there(kleinctl):
     answer = kleinctl("report", "--log", "none.log")
     assert answer.exit_code == 1
     assert "error[log-unreadable]: none.log cannot be read" in answer.stderr
+
+
+def test_a_workflow_goes_into_a_report_without_its_prompt(tmp_path, kleinctl):
+    node = {"class_type": "CLIPTextEncode", "inputs": {"text": "portrait of my boss", "clip": ["2", 0]}}
+    (tmp_path / "w.json").write_text(json.dumps({"6": node}))
+    answer = kleinctl("report", "--json", "--workflow", "w.json", "--folder", str(tmp_path))
+    assert "my boss" not in answer.stdout
+    [told] = json.loads(answer.stdout)["facts"]["workflow"]["nodes"]
+    assert told["type"] == "CLIPTextEncode"
