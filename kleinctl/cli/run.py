@@ -91,10 +91,10 @@ def command(
     jobs = jobs_of(way.model, changes, count)
     outputs = generate.choose_outputs(jobs, out, many=count > 1)
     generate.check_jobs(jobs)
+    generate.prepare_outputs(jobs, outputs)
     plan = road.files(way)
     if not plan.in_place:
         raise road.not_installed(way)
-    generate.prepare_outputs(jobs, outputs)
     show.get_files(plan)  # hashes what has not been hashed since it came
     place = road.executor(plugins, executor)
     where = road.place(way, hardware)

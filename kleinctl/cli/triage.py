@@ -82,6 +82,7 @@ def _show_one(each: Judged, verbose: bool) -> None:
     doctor.show(each.survey, verbose=verbose)
     logs = each.problems[len(each.survey.problems) :]
     if logs:
+        output.console().print("\nfrom its logs", style="bold")
         doctor.show_log(logs)
     if each.only_there:
         names = ", ".join(each.only_there)

@@ -53,6 +53,9 @@ def test_a_report_is_read_as_it_was_written(tmp_path):
 
 def test_the_same_facts_are_the_same_bytes():
     once, again = ({**json.loads(whole()), "timings": None} for _ in range(2))
+    for each in (once, again):
+        for check in each["findings"]["checks"]:
+            del check["seconds"]
     assert json.dumps(once) == json.dumps(again)
     parts = {"a": b"1", "b": b"2"}
     assert bundle.pack(parts) == bundle.pack(parts)

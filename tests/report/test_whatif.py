@@ -63,7 +63,7 @@ def test_another_driver_disk_system_and_torch():
         ("ram_available=900GiB", "in all"),
         ("vram_free=much", "no amount of memory"),
         ("vram_free=6", "A unit is wanted"),
-        ("ram=" + "9" * 400, "No machine has as much"),
+        ("ram=" + "9" * 400, "A number and a unit are wanted"),
         ("disk_free=99999999999GiB", "No machine has as much"),
         ("driver=newest", "no version"),
         ("torch=nightly", "no version of torch"),
