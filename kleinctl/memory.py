@@ -28,9 +28,11 @@ IMPORT_SECONDS = 7.0
 #: Bytes per second read from the page cache into VRAM (measured: 6 GB in 1.1 s), and assumed of an NVMe disk when cold.
 CACHED_READ_RATE, DISK_READ_RATE = 5.5e9, 2.0e9
 
-#: Activations in GiB by pixels, measured: VAE decode, and denoising on top of the transformer's weights.
-DECODE_GIB = ((512**2, 0.6), (1024**2, 2.4), (1536**2, 5.3), (2048**2, 9.5), (3072**2, 21.0))
-DENOISE_GIB = ((512**2, 0.2), (1024**2, 0.6), (1536**2, 1.2), (2048**2, 2.1), (3072**2, 4.6))
+#: Activations in GiB by pixels, on top of weights: VAE decode, and denoising. Of a decode the least in which it gives
+#: the same bits as with plenty (0.69, 2.41, 5.39, 9.57; with less, cuDNN takes other algorithms before memory runs out)
+#: and 0.09 for what else is about; of denoising what is allocated (0.20, 0.57, 1.2, 2.1) and libraries' workspaces.
+DECODE_GIB = ((512**2, 0.78), (1024**2, 2.5), (1536**2, 5.48), (2048**2, 9.66), (3072**2, 21.2))
+DENOISE_GIB = ((512**2, 0.32), (1024**2, 0.72), (1536**2, 1.35), (2048**2, 2.3), (3072**2, 4.8))
 #: Encoding 512 tokens on top of the text encoder's weights: 0.24 GiB with logits, 0.1 without.
 ENCODE_BYTES = int(0.3 * GIB)
 
@@ -43,7 +45,7 @@ DECODE_FLOP_PER_PIXEL = 10.47e12 / 1024**2
 #: What one CPU core does of fp32 arithmetic in such models, FLOP a second; and memory bandwidth, bytes a second.
 CPU_FLOPS, CPU_BANDWIDTH = 2.5e10, 8e9
 
-KLEIN_4B_WIDTH, KLEIN_VAE_CHANNELS = 3072, 128
+KLEIN_4B_WIDTH, KLEIN_VAE_CHANNELS, KLEIN_TEXT_HIDDEN = 3072, 128, 2560
 TEXT_TOKENS = 512
 MAX_REFERENCE_PIXELS = 1024**2  # the pipeline scales larger reference pictures down to this
 
@@ -61,6 +63,11 @@ def _interpolate(points: Sequence[tuple[int, float]], pixels: int) -> float:
 def decode_bytes(model: Model, job: Job) -> int:
     """Activations of an untiled VAE decode, in bytes, without the VAE's weights."""
     return int(_interpolate(DECODE_GIB, job.width * job.height) * GIB * model.shape.vae_channels / KLEIN_VAE_CHANNELS)
+
+
+def encode_bytes(model: Model) -> int:
+    """Activations of the text encoder for 512 tokens, in bytes, without its weights."""
+    return ENCODE_BYTES * model.shape.text_hidden // KLEIN_TEXT_HIDDEN
 
 
 def denoise_bytes(model: Model, job: Job) -> int:
@@ -110,6 +117,12 @@ def forwards(model: Model, job: Job) -> int:
 
 def compute_seconds(model: Model, hardware: Hardware, job: Job) -> float:
     """Arithmetic of one picture with every weight in place: encode, denoise, decode."""
+    encode, forward, decode = stage_seconds(model, hardware, job)
+    return encode + forwards(model, job) * forward + decode
+
+
+def stage_seconds(model: Model, hardware: Hardware, job: Job) -> tuple[float, float, float]:
+    """Arithmetic of encoding, of one forward of the transformer, and of decoding, in seconds."""
     gpu = hardware.gpu if "cuda" in model.devices else None
     if gpu is None:
         flops, bandwidth, convolutions = CPU_FLOPS * hardware.cpu_count, CPU_BANDWIDTH, CPU_FLOPS * hardware.cpu_count
@@ -121,7 +134,19 @@ def compute_seconds(model: Model, hardware: Hardware, job: Job) -> float:
     scale = (model.shape.vae_channels / KLEIN_VAE_CHANNELS) ** 2
     decode = DECODE_FLOP_PER_PIXEL * job.width * job.height * scale / convolutions
     encode = 2 * TEXT_TOKENS * model.shape.text_layers * model.shape.text_layer_bytes / 2 / flops
-    return encode + forwards(model, job) * step + decode
+    return encode, step, decode
+
+
+def copy_rate(gpu: Gpu | None) -> float:
+    """Bytes a second from pinned host memory to the card, by its link.
+
+    Measured: 55e9 over PCIe 5.0 x16 (docs/measurements.md); published for 4.0 x16: 22.5-23.9e9 (NVlabs/cuda-oxide#976).
+    A link doubles with each generation.
+    """
+    if gpu is None:
+        return CPU_BANDWIDTH
+    lanes = (gpu.pcie_width or 16) * 2.0 ** ((gpu.pcie_generation or 4) - 5)
+    return 55e9 * lanes / 16 if (gpu.pcie_generation or 4) >= 5 else 24e9 * lanes / 8
 
 
 def usable_vram(gpu: Gpu) -> int:

@@ -35,7 +35,7 @@ class DiffusersOffload:
         shape, weights = model.shape, memory.weight_bytes(model)
         on_card = hardware.gpu is not None and "cuda" in model.devices
         stages = (
-            shape.text_encoder_bytes + memory.ENCODE_BYTES,
+            shape.text_encoder_bytes + memory.encode_bytes(model),
             shape.transformer_bytes + memory.denoise_bytes(model, job),
             shape.vae_bytes + memory.decode_bytes(model, job),
         )

@@ -1,15 +1,26 @@
-"""Generate in three stages, each with only its own weights on the card: encode, denoise, decode."""
+"""Generate in three stages, each with the weights it needs on the card and as much else as the budget allows."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from kleinctl_plugins import holding
+from kleinctl_plugins.holding import CPU_WAYS, WAYS, Holding, Task
 from kleinctl_plugins.pipeline import REQUIRES, generator, open_references
+from kleinctl_plugins.weights import Component, Embedding, Reader
 
-from kleinctl import Budget, Environment, Fit, Hardware, InstalledModel, Job, Model, Problem, hookimpl, memory
+from kleinctl import Budget, Environment, Fit, Gpu, Hardware, InstalledModel, Job, Model, Problem, hookimpl, memory
 
 kleinctl_api = 1
+
+#: Side and overlap in pixels of the tiles that a picture is decoded in where nothing else fits.
+TILE, OVERLAP = 512, 128
+UNBOUNDED = 2**63
+#: Prompts whose embeddings are remembered while the session lasts (7.9 MB each).
+REMEMBERED = 16
 
 
 @hookimpl
@@ -17,23 +28,11 @@ def kleinctl_backends() -> list[StagedDecode]:
     return [StagedDecode()]
 
 
-def kept(model: Model, job: Job, room: int) -> tuple[bool, bool]:
-    """Whether the transformer, and the text encoder too, can stay in `room` bytes between pictures.
-
-    The VAE (0.16 GiB) stays in any case. A transformer that stays must leave room for the encoder of a new prompt.
-    """
-    encoder = memory.text_encoder_bytes(model)
-    base = memory.CONTEXT_BYTES + model.shape.vae_bytes + model.shape.transformer_bytes
-    drawing = max(memory.denoise_bytes(model, job), memory.decode_bytes(model, job))
-    keep_transformer = base + max(drawing, encoder + memory.ENCODE_BYTES) <= room
-    return keep_transformer, base + encoder + max(drawing, memory.ENCODE_BYTES) <= room
-
-
 class StagedDecode:
-    """Encode and drop the text encoder, denoise and drop the transformer, decode.
+    """Encode, denoise, decode, with weights resident, streamed or staged, whichever is fastest in the budget.
 
-    Weights are read straight to the card and dropped, never copied back, so host memory stays small. The text encoder
-    is cut to the layers whose states are read (27 of 36); the same bits come out.
+    Weights are read-only: they are dropped, never copied back. The text encoder is cut to the layers whose states are
+    read (27 of 36), and its embedding stays on the host; the same bits come out.
     """
 
     name = "staged-decode"
@@ -45,32 +44,28 @@ class StagedDecode:
         return None
 
     def fit(self, model: Model, hardware: Hardware, job: Job) -> Fit:
-        """The largest stage is the peak; what cannot stay is read again for each picture."""
-        shape, encoder = model.shape, memory.text_encoder_bytes(model)
+        """The fastest plan within what is free; where none is, the one that takes the least, and what it lacks."""
         on_card = hardware.gpu is not None and "cuda" in model.devices
-        usable = memory.usable_vram(hardware.gpu) if hardware.gpu is not None else hardware.ram_available_bytes
-        keep_transformer, keep_encoder = kept(model, job, usable)
-        denoise = shape.transformer_bytes + shape.vae_bytes + memory.denoise_bytes(model, job)
-        decode = shape.vae_bytes + memory.decode_bytes(model, job)
-        encode = encoder + memory.ENCODE_BYTES + shape.vae_bytes
-        if keep_transformer:
-            encode, decode = encode + shape.transformer_bytes, decode + shape.transformer_bytes
-        if keep_encoder:
-            denoise, decode = denoise + encoder, decode + encoder
-        peak = max(encode, denoise, decode) + memory.CONTEXT_BYTES
-        again = (0 if keep_encoder else encoder) + (0 if keep_transformer else shape.transformer_bytes)
+        task, ram = Task.of(model, hardware, job), hardware.ram_available_bytes - memory.PROCESS_BYTES
+        if hardware.gpu is not None and on_card:
+            plan = holding.fastest(task, memory.usable_vram(hardware.gpu), ram) or holding.smallest(task, ram)
+            vram, host = plan.vram_bytes, plan.host_bytes + memory.PROCESS_BYTES
+        else:
+            plan = holding.fastest(task, ram, ram, CPU_WAYS) or holding.smallest(task, None, CPU_WAYS)
+            vram, host = 0, plan.vram_bytes + memory.PROCESS_BYTES
+            if "cpu" not in model.devices:  # it would be streamed to a card, if there were one
+                vram = memory.CONTEXT_BYTES + plan.vram_bytes
+        why_not = memory.lacking(model, hardware, vram_bytes=vram, ram_bytes=host)
         compute = memory.compute_seconds(model, hardware, job)
-        vram, ram = (peak, memory.PROCESS_BYTES) if on_card else (0, peak + memory.PROCESS_BYTES)
-        why_not = memory.lacking(model, hardware, vram_bytes=vram, ram_bytes=ram)
-        everything = encoder + shape.transformer_bytes + shape.vae_bytes
+        weights = memory.weight_bytes(model)
         return Fit(
             vram_bytes=vram,
-            ram_bytes=ram,
+            ram_bytes=host,
             disk_bytes=model.bytes(self.layout),
-            seconds_first=memory.IMPORT_SECONDS + memory.read_seconds(everything, hardware, warm=False) + compute,
-            seconds_next=memory.read_seconds(again, hardware, warm=True) + compute,
+            seconds_first=memory.IMPORT_SECONDS + memory.read_seconds(weights, hardware, warm=False) + compute,
+            seconds_next=plan.seconds,
             fits=why_not is None,
-            strategy=_strategy(keep_transformer, keep_encoder),
+            strategy=plan.strategy,
             why_not=why_not,
         )
 
@@ -78,79 +73,55 @@ class StagedDecode:
         return Session(model, budget)
 
 
-def _strategy(keep_transformer: bool, keep_encoder: bool) -> str:
-    return "resident" if keep_encoder else "transformer resident" if keep_transformer else "staged"
-
-
 class Session:
-    """Components come and go; what the budget allows stays for the next picture."""
+    """Components whose weights come and go as a plan says; the plan follows the job, and what is free."""
 
-    strategy = "staged"
-
-    def __init__(self, model: InstalledModel, budget: Budget) -> None:
+    def __init__(self, model: InstalledModel, budget: Budget, ways: tuple[str, ...] | None = None) -> None:
         import torch
+        from diffusers import AutoencoderKLFlux2
         from transformers import AutoTokenizer
 
         self.model, self.budget = model, budget
+        self.on_card = budget.device != "cpu"
+        self.ways = ways or (WAYS if self.on_card else CPU_WAYS)
+        self.strategy = "staged"
+        self.warnings: list[str] = []
+        self.tiling: tuple[int, int] | None = None
         self._dtype = getattr(torch, model.manifest.dtype)
+        self._room = budget.vram_bytes if self.on_card else budget.ram_bytes
+        self._hardware = _hardware(budget)
+        self._remembered: dict[tuple[str, bool], tuple[Any, ...]] = {}
         self.tokenizer = AutoTokenizer.from_pretrained(model.folder / "tokenizer", local_files_only=True)
-        self.encoder: Any = None
-        self.transformer: Any = None
-        self.vae: Any = None
-
-    def generate(self, job: Job, progress: Any) -> Any:
-        import torch
-
-        references = open_references(job.images)
-        limit = self.model.manifest.defaults.max_prompt_tokens
-        on_card = self.budget.device != "cpu"
-        keep_transformer, keep_encoder = kept(
-            self.model.manifest, job, self.budget.vram_bytes if on_card else self.budget.ram_bytes
-        )
-        self.strategy = _strategy(keep_transformer, keep_encoder)
-        with torch.no_grad():
-            if not keep_transformer:
-                self._drop("transformer")
-            embeds, negative = self._encode(job, limit, progress)
-            if not keep_encoder:
-                self._drop("encoder")
-            pipe, latents = self._denoise(job, embeds, negative, references, progress)
-            if not keep_transformer:
-                pipe.register_modules(transformer=None)
-                self._drop("transformer")
-            return self._decode(pipe, latents, progress)
-
-    def _encode(self, job: Job, limit: int, progress: Any) -> tuple[Any, Any]:
-        """Embeddings of the prompt, and of the empty prompt where guidance needs it: (1, 512, 3 x width) each."""
-        from diffusers import Flux2KleinPipeline
-
-        if self.encoder is None:
-            progress("load", 0, 1)
-            self.encoder = self._load_encoder()
-        progress("encode", 0, 1)
-        pipe = Flux2KleinPipeline.from_pretrained(
-            self.model.folder,
-            text_encoder=self.encoder,
-            tokenizer=self.tokenizer,
-            transformer=None,
-            vae=None,
+        self.reader = Reader(budget.device)
+        self.vae = AutoencoderKLFlux2.from_pretrained(
+            model.folder,
+            subfolder="vae",
+            torch_dtype=self._dtype,
+            device_map={"": budget.device},
             local_files_only=True,
         )
+        self.encoder, self.transformer = self._encoder(), self._transformer()
+        self.pipe = self._pipeline()
 
-        def encode(prompt: str) -> Any:
-            return pipe.encode_prompt(prompt=prompt, device=self.budget.device, max_sequence_length=limit)[0]
+    # Components
 
-        guided = job.guidance > 1 and not pipe.config.is_distilled
-        result = encode(job.prompt), encode("") if guided else None
-        progress("encode", 1, 1)
-        return result
+    def _transformer(self) -> Component:
+        from accelerate import init_empty_weights
+        from diffusers import Flux2Transformer2DModel
 
-    def _load_encoder(self) -> Any:
-        """The text encoder without the layers whose states nobody reads.
+        folder = self.model.folder / "transformer"
+        with init_empty_weights(include_buffers=False):
+            module = Flux2Transformer2DModel.from_config(Flux2Transformer2DModel.load_config(folder))
+        names = [name for name in holding.transformer_units(self.model.manifest) if name]
+        return Component(module.eval(), _weights(folder), names, self.budget.device, self._dtype)
+
+    def _encoder(self) -> Component:
+        """The text encoder without the layers whose states nobody reads, and with its embedding on the host.
 
         The last state that transformers hands out is the normed one, and after the cut that is a state that is read; so
         the norm goes too. (Newer versions have `config.tie_last_hidden_states` for it, older ones ignore that.)
         """
+        from accelerate import init_empty_weights
         from torch import nn
         from transformers import AutoConfig, Qwen3Model
 
@@ -159,73 +130,204 @@ class Session:
         config.num_hidden_layers = self.model.manifest.shape.text_layers_read
         if config.layer_types:
             config.layer_types = config.layer_types[: config.num_hidden_layers]
-        encoder = Qwen3Model.from_pretrained(
-            folder, config=config, dtype=self._dtype, device_map={"": self.budget.device}, local_files_only=True
-        )
-        encoder.norm = nn.Identity()
-        return encoder
+        with init_empty_weights(include_buffers=False):
+            module = Qwen3Model._from_config(config, dtype=self._dtype)
+        module.norm = nn.Identity()
+        module.embed_tokens = Embedding(_weights(folder), "model.embed_tokens.weight", self.budget.device, self._dtype)
+        for part in module.modules():
+            for name, buffer in part._buffers.items():
+                part._buffers[name] = buffer if buffer is None else buffer.to(self.budget.device)
+        names = list(holding.encoder_units(self.model.manifest))
+        return Component(module.eval(), _weights(folder), names, self.budget.device, self._dtype, prefix="model.")
 
-    def _denoise(self, job: Job, embeds: Any, negative: Any, references: Any, progress: Any) -> tuple[Any, Any]:
-        """Latents as the VAE decodes them, (1, 32, height / 8, width / 8), and the pipeline that made them."""
-        from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+    def _pipeline(self) -> Any:
+        from diffusers import Flux2KleinPipeline
 
-        progress("load", 0, 1)
-        self.vae = self.vae or self._component(AutoencoderKLFlux2, "vae")
-        self.transformer = self.transformer or self._component(Flux2Transformer2DModel, "transformer")
         pipe = Flux2KleinPipeline.from_pretrained(
             self.model.folder,
-            text_encoder=None,
-            tokenizer=None,
-            transformer=self.transformer,
+            text_encoder=self.encoder.module,
+            tokenizer=self.tokenizer,
+            transformer=self.transformer.module,
             vae=self.vae,
             local_files_only=True,
         )
         pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    # One picture
+
+    def generate(self, job: Job, progress: Any) -> Any:
+        import torch
+
+        references = open_references(job.images)
+        self.tiling, self.warnings = None, []
+        plan = self._plan(job)
+        with torch.no_grad():
+            embeds, plan = self._staged(lambda plan: self._encode(plan, job, progress), plan, job)
+            latents, plan = self._staged(lambda plan: self._denoise(plan, job, embeds, references, progress), plan, job)
+            picture, plan = self._staged(lambda plan: self._decode(plan, latents, progress), plan, job)
+            self._come_back(plan)
+        self.strategy = plan.strategy
+        return picture
+
+    def _come_back(self, plan: Holding) -> None:
+        """Bring back what was dropped for the decode, while the picture is written to its file."""
+        self._release()
+        self.transformer.hold(plan.transformer.kept, plan.transformer.host, self.reader)
+        if plan.encoder.way == "resident":
+            self.encoder.hold(plan.encoder.resident, plan.encoder.host, self.reader)
+
+    def _plan(self, job: Job) -> Holding:
+        task = Task.of(self.model.manifest, self._hardware, job)
+        if not self.on_card:  # one memory for both
+            return holding.fastest(task, self._room, UNBOUNDED, self.ways) or holding.smallest(task, None, self.ways)
+        host = max(0, self.budget.ram_bytes - memory.PROCESS_BYTES)
+        return holding.fastest(task, self._room, host, self.ways) or holding.smallest(task, host, self.ways)
+
+    def _staged(self, stage: Callable[[Holding], Any], plan: Holding, job: Job) -> tuple[Any, Holding]:
+        """A stage's result, and the plan it was made by: a smaller one where the card's memory ran out meanwhile.
+
+        Raises:
+            torch.OutOfMemoryError: it does not fit at all; what earlier stages made is lost only then.
+        """
+        import torch
+
+        while True:
+            try:
+                return stage(plan), plan
+            except torch.OutOfMemoryError:
+                self._let_go()
+                smaller = self._smaller(job, plan)
+                if smaller is None:
+                    raise
+                self.warnings.append(f"VRAM ran out with the plan {plan.strategy!r}; went on with {smaller.strategy!r}")
+                plan = smaller
+
+    def _smaller(self, job: Job, plan: Holding) -> Holding | None:
+        """The next plan that takes at least 5 % less of the card; None where there is none."""
+        least = holding.smallest(Task.of(self.model.manifest, self._hardware, job), None, self.ways)
+        self._room = int(plan.vram_bytes * 0.95)
+        return None if plan.vram_bytes <= least.vram_bytes else self._plan(job)
+
+    def _let_go(self) -> None:
+        for component in (self.encoder, self.transformer):
+            component.drop(list(component.units))
+        self._release()
+
+    def _encode(self, plan: Holding, job: Job, progress: Any) -> tuple[Any, ...]:
+        """Embeddings of the prompt, and of the empty prompt where guidance needs it: (1, 512, 3 x width) each."""
+        guided = job.guidance > 1 and not self.pipe.config.is_distilled
+        key = (job.prompt, guided)
+        if key in self._remembered:
+            progress("encode", 1, 1)
+            return tuple(each if each is None else each.to(self.budget.device) for each in self._remembered[key])
+        progress("load", 0, 1)
+        self.transformer.hold(plan.transformer.kept, plan.transformer.host, self.reader)
+        self.encoder.hold(plan.encoder.resident, plan.encoder.host, self.reader)
+        progress("encode", 0, 1)
+        limit = self.model.manifest.defaults.max_prompt_tokens
+
+        def encode(prompt: str) -> Any:
+            return self.pipe.encode_prompt(prompt=prompt, device=self.budget.device, max_sequence_length=limit)[0]
+
+        with self.encoder.streaming(holding.SLOTS):
+            result = encode(job.prompt), encode("") if guided else None
+        self._remembered[key] = tuple(each if each is None else each.cpu() for each in result)
+        while len(self._remembered) > REMEMBERED:
+            del self._remembered[next(iter(self._remembered))]
+        progress("encode", 1, 1)
+        return result
+
+    def _denoise(self, plan: Holding, job: Job, embeds: Any, references: Any, progress: Any) -> Any:
+        """Latents as the VAE decodes them: (1, 32, height / 8, width / 8)."""
+        progress("load", 0, 1)
+        if plan.encoder.way == "staged":
+            self.encoder.drop(plan.encoder.resident)
+            self._release()
+        self.transformer.hold(plan.transformer.resident, plan.transformer.host, self.reader)
         progress("denoise", 0, job.steps)
 
         def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             progress("denoise", step + 1, job.steps)
             return tensors
 
-        latents = pipe(
-            prompt_embeds=embeds,
-            negative_prompt_embeds=negative,
-            image=references,
-            height=job.height,
-            width=job.width,
-            guidance_scale=job.guidance,
-            num_inference_steps=job.steps,
-            generator=generator(job.seed, self.budget.device),
-            callback_on_step_end=after,
-            output_type="latent",
-        ).images
-        return pipe, latents
+        with self.transformer.streaming(holding.SLOTS):
+            return self.pipe(
+                prompt_embeds=embeds[0],
+                negative_prompt_embeds=embeds[1],
+                image=references,
+                height=job.height,
+                width=job.width,
+                guidance_scale=job.guidance,
+                num_inference_steps=job.steps,
+                generator=generator(job.seed, self.budget.device),
+                callback_on_step_end=after,
+                output_type="latent",
+            ).images
 
-    def _decode(self, pipe: Any, latents: Any, progress: Any) -> Any:
+    def _decode(self, plan: Holding, latents: Any, progress: Any) -> Any:
+        import torch
+
         progress("decode", 0, 1)
-        decoded = self.vae.decode(latents, return_dict=False)[0]
-        picture = pipe.image_processor.postprocess(decoded, output_type="pil")[0]
+        for component, held in ((self.encoder, plan.encoder), (self.transformer, plan.transformer)):
+            component.drop([name for name in component.units if name not in held.kept])
+        self._release()
+        try:
+            decoded = self.vae.decode(latents, return_dict=False)[0]
+        except torch.OutOfMemoryError:
+            self._let_go()
+            decoded = self._decode_in_tiles(latents)
+        picture = self.pipe.image_processor.postprocess(decoded, output_type="pil")[0]
         progress("decode", 1, 1)
         return picture
 
-    def _component(self, kind: Any, name: str) -> Any:
-        return kind.from_pretrained(
-            self.model.folder,
-            subfolder=name,
-            torch_dtype=self._dtype,
-            device_map={"": self.budget.device},
-            local_files_only=True,
+    def _decode_in_tiles(self, latents: Any) -> Any:
+        """Where the whole does not fit with nothing else on the card: near the same picture, seams apart."""
+        self.tiling = TILE, OVERLAP
+        self.warnings.append(
+            "the picture was decoded in tiles, for VRAM ran out: it differs a little from a whole decode"
         )
+        self.vae.use_tiling, self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = True, TILE, TILE // 8
+        try:
+            return self.vae.decode(latents, return_dict=False)[0]
+        finally:
+            self.vae.use_tiling = False
 
-    def _drop(self, name: str) -> None:
-        """Let a component go. Its weights are read-only, so nothing is copied back."""
+    def _release(self) -> None:
+        """Give what is free back to the card, so that the next stage finds it in one piece."""
         import torch
 
-        setattr(self, name, None)
-        gc.collect()
-        if torch.cuda.is_initialized():
+        if self.on_card:
             torch.cuda.empty_cache()
 
     def close(self) -> None:
-        for name in ("encoder", "transformer", "vae"):
-            self._drop(name)
+        self._let_go()
+        self.reader.close()
+        self.pipe = self.vae = None
+        gc.collect()
+        self._release()
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _hardware(budget: Budget) -> Hardware:
+    """The machine as the worker sees it: for a plan, the card's rates are what matters."""
+    if budget.device == "cpu":
+        return Hardware()
+    import torch
+
+    properties = torch.cuda.get_device_properties(budget.device)
+    capability = f"{properties.major}.{properties.minor}"
+    named = Gpu(properties.name, capability, properties.total_memory, budget.vram_bytes)
+    rates = named.performance
+    card = Gpu(
+        properties.name,
+        capability,
+        properties.total_memory,
+        budget.vram_bytes,
+        pcie_generation=rates.pcie_generation,
+        pcie_width=rates.pcie_width,
+    )
+    return Hardware(gpus=(card,), ram_available_bytes=budget.ram_bytes)

@@ -35,10 +35,10 @@ def test_flop_of_a_step_as_counted_by_torch(klein, side, tera_flop):
     )
 
 
-@pytest.mark.parametrize(("side", "gibibytes"), [(512, 0.6), (1024, 2.4), (1536, 5.3), (2048, 9.5), (3072, 21.0)])
+@pytest.mark.parametrize(("side", "gibibytes"), [(512, 0.69), (1024, 2.41), (1536, 5.39), (2048, 9.57)])
 def test_decode_memory_goes_through_the_measured_points(klein, side, gibibytes):
     found = memory.decode_bytes(klein, default_job(klein, width=side, height=side))
-    assert found == pytest.approx(gibibytes * GIB, rel=0.01)
+    assert 0 < found - gibibytes * GIB < 0.1 * GIB  # with less than measured, the bits change before memory runs out
 
 
 def test_a_reference_picture_costs_as_much_as_a_megapixel_more(klein, tmp_path):
@@ -99,11 +99,14 @@ def test_guidance_doubles_the_forwards_of_a_base_model_only(plugins, klein):
     assert memory.forwards(klein, default_job(klein, guidance=4.0)) == klein.defaults.steps
 
 
-@pytest.mark.parametrize(("backend", "gibibytes"), [("diffusers", 8.73), ("staged", 14.00)])
-def test_predicted_vram_is_near_what_a_full_size_run_took(plugins, klein, backend, gibibytes):
-    """1024 x 1024 within 16 GiB on an H100, the CUDA context included (docs/measurements.md)."""
+@pytest.mark.parametrize(
+    ("backend", "limit", "gibibytes"),
+    [("diffusers", 16, 8.73), ("staged", 16, 15.64), ("staged", 4, 3.85)],
+)
+def test_predicted_vram_is_near_what_a_full_size_run_took(plugins, klein, backend, limit, gibibytes):
+    """1024 x 1024 on an H100 with --vram-limit, the CUDA context included (docs/measurements.md)."""
     hardware = imagine("H100", 64 * GIB)
-    limited = replace(hardware.gpus[0], vram_free_bytes=16 * GIB)
+    limited = replace(hardware.gpus[0], vram_free_bytes=limit * GIB)
     fit = plugins.backend(backend).thing.fit(klein, replace(hardware, gpus=(limited,)), default_job(klein))
     assert fit.vram_bytes == pytest.approx(gibibytes * GIB, rel=0.05)
 

@@ -1,0 +1,79 @@
+"""Plans that would take more of the card than there is, or forget a block."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kleinctl_plugins import holding
+from kleinctl_plugins.holding import Task
+
+from kleinctl import Hardware, Model, memory
+from kleinctl.hardware import imagine
+from kleinctl.planner import default_job
+from kleinctl.plugins import Plugins
+from kleinctl.units import GIB
+
+MODELS = Plugins(frozenset()).models
+SIDES = st.sampled_from([512, 1024, 1536, 2048])
+
+
+def task(model: Model = MODELS["klein-4b"], side: int = 1024, card: str = "RTX 4070 Ti SUPER") -> Task:
+    return Task.of(model, imagine(card, 64 * GIB), default_job(model, width=side, height=side))
+
+
+@given(
+    st.sampled_from(["klein-4b", "klein-base-4b", "klein-9b"]),
+    SIDES,
+    st.integers(2 * GIB, 40 * GIB),
+    st.integers(0, 40 * GIB),
+)
+def test_a_plan_stays_within_its_room_and_every_unit_can_be_had(name, side, room, host):
+    model = MODELS[name]
+    plan = holding.fastest(task(model, side), room, host)
+    if plan is None:
+        return
+    assert plan.vram_bytes <= room and plan.host_bytes <= host
+    for held, units in (
+        (plan.encoder, holding.encoder_units(model)),
+        (plan.transformer, holding.transformer_units(model)),
+    ):
+        assert set(held.kept) <= set(held.resident) <= set(units)
+        if held.way != "staged":  # what is not there all the time waits on the host
+            assert set(held.kept) | set(held.host) == set(units)
+            assert not set(held.kept) & set(held.host)
+
+
+@given(SIDES, st.integers(3 * GIB, 24 * GIB))
+def test_more_room_is_never_slower(side, room):
+    less, more = (holding.fastest(task(side=side), each, 40 * GIB) for each in (room, room + GIB))
+    assert less is None or (more is not None and more.seconds <= less.seconds + 0.02)
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "ram", "strategy"),
+    [(24, 32, "resident"), (15.5, 16, "resident"), (7.5, 16, "streamed"), (3.8, 32, "streamed")],
+)
+def test_cards_from_four_gigabytes_up_run_klein(gibibytes, ram, strategy):
+    plan = holding.fastest(task(), int(gibibytes * GIB), int(ram * GIB) - memory.PROCESS_BYTES)
+    assert plan is not None and strategy in plan.strategy
+
+
+def test_little_ram_means_reading_again_instead_of_pinning():
+    plan = holding.fastest(task(), 11 * GIB, GIB)
+    assert plan is not None and plan.host_bytes < GIB
+    assert "staged" in plan.strategy
+
+
+def test_the_units_of_the_transformer_are_all_of_it():
+    for model in MODELS.values():
+        units = holding.transformer_units(model)
+        assert sum(units.values()) == model.shape.transformer_bytes
+        assert units[""] > 0
+        assert len(units) == model.shape.double_blocks + model.shape.single_blocks + 1
+
+
+def test_without_a_card_the_context_is_not_counted():
+    model = MODELS["klein-tiny"]
+    job = default_job(model)
+    assert Task.of(model, Hardware(), job).base_bytes == model.shape.vae_bytes
