@@ -200,7 +200,8 @@ class Session:
                 smaller = self._smaller(job, plan)
                 if smaller is None:
                     raise
-                self.warnings.append(f"VRAM ran out with the plan {plan.strategy!r}; went on with {smaller.strategy!r}")
+                figures = f"{plan.vram_bytes / 2**30:.1f} GiB", f"{smaller.vram_bytes / 2**30:.1f} GiB"
+                self.warnings.append("VRAM ran out with a plan for {}; it went on with one for {}".format(*figures))
                 plan = smaller
 
     def _smaller(self, job: Job, plan: Holding) -> Holding | None:

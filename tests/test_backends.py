@@ -123,6 +123,40 @@ def test_guidance_of_a_base_model_gives_the_same_bits(tmp_path):
     assert draw(distilled, job).tobytes() != pictures[0].tobytes()
 
 
+def fails_once(module: Any) -> Any:
+    """Make a module run out of the card's memory the next time it is used."""
+    import torch
+
+    def hook(*given: Any) -> None:
+        handle.remove()
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 72.00 MiB.")
+
+    handle = module.register_forward_pre_hook(hook)
+    return handle
+
+
+def test_memory_that_runs_out_while_denoising_means_a_smaller_plan_and_the_same_bits(sessions):
+    tight = held("resident", "staged", room=PLENTY)
+    fails_once(tight.transformer.module.single_transformer_blocks[1])
+    picture = draw(tight, CIRCLE)
+    assert same([picture, draw(sessions["offload"], CIRCLE)])
+    assert tight.warnings[0].startswith("VRAM ran out with a plan for ")
+    tight.close()
+
+
+def test_memory_that_runs_out_while_decoding_costs_no_finished_step():
+    tight = held("resident", room=PLENTY)
+    fails_once(tight.vae.decoder)
+    steps: list[int] = []
+    tight.generate(CIRCLE, lambda stage, done, total: steps.append(done) if stage == "denoise" else None)
+    assert steps == [0, 1, 2, 3, 4]  # each once
+    assert tight.tiling == (512, 128)
+    assert "decoded in tiles" in tight.warnings[0]
+    draw(tight, CIRCLE)
+    assert (tight.tiling, tight.warnings) == (None, [])
+    tight.close()
+
+
 def test_a_prompt_that_was_drawn_before_is_not_encoded_again(sessions):
     job = replace(CIRCLE, prompt="a white hexagon on a black background")
     told: list[str] = []
