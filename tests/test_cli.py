@@ -192,6 +192,16 @@ def test_completion_of_the_shell_in_use(kleinctl):
     assert {line.split(",")[-1] for line in names.splitlines()} == {"plan", "plugins"}
 
 
+def test_a_limit_of_ram_changes_the_plan(kleinctl):
+    words = ("plan", "--gpu", "RTX 4060 8GB", "--ram", "32", "--model", "klein-4b", "--backend", "staged", "--json")
+    [wide, tight] = (
+        json.loads(kleinctl(*words, "--size", "1024", *more).stdout)["rows"][0]
+        for more in ((), ("--ram-limit", "4GiB"))
+    )
+    assert wide["fit"]["fits"] and wide["fit"]["ram_bytes"] > 8 * 2**30
+    assert not tight["fit"]["fits"] or tight["fit"]["ram_bytes"] <= 4 * 2**30
+
+
 def test_vram_limit_does_not_change_what_the_machine_is_said_to_be(kleinctl):
     free = json.loads(kleinctl("doctor", "--json").stdout)["hardware"]["ram_bytes"]
     document = conforms(kleinctl("doctor", "--json", "--vram-limit", "1GiB").stdout)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @click.command("doctor", short_help="What is this machine, what is wrong, what would run and why.")
-@options.together(options.model, options.backend, options.comfyui, options.vram_limit)
+@options.together(options.model, options.backend, options.comfyui, options.vram_limit, options.ram_limit)
 @click.option("--folder", "folders", multiple=True, type=options.FOLDER, help="A folder of models to look at too.")
 @click.option("--workflow", type=options.FILE, metavar="FILE", help="Judge a ComfyUI workflow (JSON, or its PNG).")
 @click.option("--log", type=options.FILE, metavar="FILE", help="Explain a log or a pasted error too; - is stdin.")
@@ -42,6 +42,7 @@ def command(
     backend: str | None,
     comfyui: Path | None,
     vram_limit: str | None,
+    ram_limit: str | None,
     folders: tuple[Path, ...],
     workflow: Path | None,
     log: Path | None,
@@ -94,7 +95,7 @@ def command(
             else gather(plugins, options.this_machine(), folders=places, workflow_file=workflow, deep=deep)
         )
         facts = whatif.changed(facts, settings) if settings else facts
-        limit = options.limited(facts.hardware, vram_limit)
+        limit = options.limited(facts.hardware, vram_limit, ram_limit)
         return (judge if report else survey)(plugins, facts, model=model, backend=backend, plan_for=limit)
 
     found = look()

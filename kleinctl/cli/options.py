@@ -26,6 +26,7 @@ size = click.option("--size", metavar="WxH", help="Width and height in pixels; t
 steps = click.option("--steps", type=click.IntRange(1, 200), help="Denoising steps.")
 guidance = click.option("--guidance", type=click.FloatRange(0, 30), help="Guidance scale (base models).")
 vram_limit = click.option("--vram-limit", metavar="BYTES", help="Use no more VRAM than this, as in 12GiB.")
+ram_limit = click.option("--ram-limit", metavar="BYTES", help="Use no more RAM than this, as in 16GiB.")
 yes = click.option("--yes", "-y", is_flag=True, help="Answer every question with yes.")
 as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 comfyui = click.option(
@@ -64,18 +65,24 @@ def this_machine() -> Hardware:
     return detect(home())
 
 
-def limited(hardware: Hardware, limit: str | None) -> Hardware:
-    """The machine to plan for: with no more VRAM free than `--vram-limit` allows."""
+def limited(hardware: Hardware, vram_limit: str | None, ram_limit: str | None = None) -> Hardware:
+    """The machine to plan for: with no more VRAM free, and RAM available, than the limits allow.
+
+    Raises:
+        Misuse: a limit is no amount of memory.
+    """
     from dataclasses import replace
 
     from kleinctl.units import parse_bytes
 
-    if limit is None:
-        return hardware
-    most = parse_bytes(limit)
-    return replace(
-        hardware, gpus=tuple(replace(gpu, vram_free_bytes=min(gpu.vram_free_bytes, most)) for gpu in hardware.gpus)
-    )
+    if vram_limit is not None:
+        most = parse_bytes(vram_limit)
+        cards = (replace(gpu, vram_free_bytes=min(gpu.vram_free_bytes, most)) for gpu in hardware.gpus)
+        hardware = replace(hardware, gpus=tuple(cards))
+    if ram_limit is not None:
+        available = min(hardware.ram_available_bytes, parse_bytes(ram_limit))
+        hardware = replace(hardware, ram_available_bytes=available)
+    return hardware
 
 
 def way(

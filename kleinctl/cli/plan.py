@@ -22,7 +22,7 @@ SIDES = (512, 1024, 1536, 2048)
 @click.command("plan", short_help="Predicted VRAM, RAM, disk and seconds for every backend.")
 @click.option("--gpu", metavar="NAME", help='Answer for this card instead, as in "RTX 4070 Ti SUPER"; "none" for none.')
 @click.option("--ram", metavar="BYTES", help="Answer for this much RAM; a bare number is GiB.")
-@options.together(options.model, options.backend, options.size, options.vram_limit, options.as_json)
+@options.together(options.model, options.backend, options.size, options.vram_limit, options.ram_limit, options.as_json)
 def command(
     gpu: str | None,
     ram: str | None,
@@ -30,6 +30,7 @@ def command(
     backend: str | None,
     size: str | None,
     vram_limit: str | None,
+    ram_limit: str | None,
     as_json: bool,
 ) -> int:
     """Predicted VRAM, RAM, disk and seconds for every backend and size, here or on another machine."""
@@ -38,7 +39,8 @@ def command(
     from kleinctl.survey import best
 
     plugins = Plugins()
-    hardware = options.limited(elsewhere(gpu, ram) if gpu or ram else options.this_machine(), vram_limit)
+    machine = elsewhere(gpu, ram) if gpu or ram else options.this_machine()
+    hardware = options.limited(machine, vram_limit, ram_limit)
     models = plugins.models_for(model)
     offers = plugins.backends_for(backend)
     sizes = [nearest_size(size)[:2]] if size else [(side, side) for side in SIDES]

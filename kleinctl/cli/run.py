@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     "--from", "origin", type=click.Path(path_type=Path), metavar="PNG", help="Repeat the picture in this file."
 )
 @options.vram_limit
+@options.ram_limit
 @click.option("--executor", metavar="NAME", help="Where the worker runs: `process`, or a plugin's executor.")
 @options.as_json
 def command(
@@ -50,6 +51,7 @@ def command(
     images: tuple[Path, ...],
     origin: Path | None,
     vram_limit: str | None,
+    ram_limit: str | None,
     executor: str | None,
     as_json: bool,
 ) -> int:
@@ -82,7 +84,7 @@ def command(
     asked["seed"] = secrets.randbelow(2**32) if asked["seed"] is None else asked["seed"]
     changes = {name: value for name, value in asked.items() if value is not None}
     plugins = Plugins()
-    hardware = options.limited(options.this_machine(), vram_limit)
+    hardware = options.limited(options.this_machine(), vram_limit, ram_limit)
     try:
         way = options.way(plugins, hardware, model, backend, changes, installed=True)
     except KleinctlError as error:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 @click.argument("prompt")
 @options.together(options.out, options.model, options.backend, options.size)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="The seed; by default a new one each time.")
-@options.together(options.vram_limit, options.unverified, options.accept, options.yes, options.as_json)
+@options.together(
+    options.vram_limit, options.ram_limit, options.unverified, options.accept, options.yes, options.as_json
+)
 def command(
     prompt: str,
     out: str | None,
@@ -30,6 +32,7 @@ def command(
     size: str | None,
     seed: int | None,
     vram_limit: str | None,
+    ram_limit: str | None,
     allow_unverified: bool,
     accept_licence: bool,
     yes: bool,
@@ -55,7 +58,7 @@ def command(
     changes.setdefault("seed", secrets.randbelow(2**32))
     plugins = Plugins()
     hardware = options.this_machine()
-    limit = options.limited(hardware, vram_limit)
+    limit = options.limited(hardware, vram_limit, ram_limit)
     output.show_rows(machine_rows(hardware), width=7, target=output.err_console())
     found = survey(plugins, gather(plugins, hardware), model=model, backend=backend, changes=changes, plan_for=limit)
     output.show_at_a_glance(found.problems, output.err_console())
@@ -69,7 +72,7 @@ def command(
     steps.ask_to_fetch(plan.fetch_bytes, yes=yes)
     steps.get_files(plan)
     environment = steps.get_environment(way, where, hardware)
-    now = options.limited(options.this_machine(), vram_limit)  # what is free may have changed since
+    now = options.limited(options.this_machine(), vram_limit, ram_limit)  # what is free may have changed since
     result = steps.make_pictures(way, environment, where, now, jobs, outputs, road.executor(plugins, None), typed)
     print_result(result, as_json=as_json)
     return OK
