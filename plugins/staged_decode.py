@@ -57,7 +57,7 @@ class StagedDecode:
                 vram = memory.CONTEXT_BYTES + plan.vram_bytes
         why_not = memory.lacking(model, hardware, vram_bytes=vram, ram_bytes=host)
         compute = memory.compute_seconds(model, hardware, job)
-        weights = memory.weight_bytes(model)
+        weights = memory.text_encoder_bytes(model) + model.shape.transformer_bytes + model.shape.vae_bytes
         return Fit(
             vram_bytes=vram,
             ram_bytes=host,

@@ -302,13 +302,14 @@ class Reader:
         """Read units into their buffers, and wait for it."""
         import torch
 
-        waiting: list[Future[None]] = []
-        if self.cuda and jobs:  # what lay where the buffers are now may still be in use
-            self._start = torch.cuda.Event()
-            self._start.record()
-        for unit, buffer in jobs:
-            for run in _runs(unit.pieces):
-                waiting.append(self._pool.submit(self._read, run, buffer))
+        runs = [(run, buffer) for unit, buffer in jobs for run in _runs(unit.pieces)]
+        if not self.cuda:  # nothing to overlap with
+            for run, buffer in runs:
+                self._read(run, buffer)
+            return
+        self._start = torch.cuda.Event()  # what lay where the buffers are now may still be in use
+        self._start.record()
+        waiting: list[Future[None]] = [self._pool.submit(self._read, run, buffer) for run, buffer in runs]
         for each in waiting:
             each.result()
 

@@ -47,7 +47,7 @@ def test_a_plan_stays_within_its_room_and_every_unit_can_be_had(name, side, room
 @given(SIDES, st.integers(3 * GIB, 24 * GIB))
 def test_more_room_is_never_slower(side, room):
     less, more = (holding.fastest(task(side=side), each, 40 * GIB) for each in (room, room + GIB))
-    assert less is None or (more is not None and more.seconds <= less.seconds + 0.02)
+    assert less is None or (more is not None and more.seconds <= less.seconds * 1.03 + 0.02)
 
 
 @pytest.mark.parametrize(
