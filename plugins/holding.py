@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 from kleinctl import Hardware, Job, Model, memory
 
+#: What a smaller plan may take of one that did not fit.
+STEP = 0.95
 #: Slots of the ring through which blocks stream.
 SLOTS = 2
 #: Pinned host memory of the readers, in bytes: four of them, two slots of 32 MiB each.
@@ -108,11 +110,25 @@ def fastest(task: Task, room: int, host: int, ways: Iterable[str] = WAYS) -> Hol
     return min(fitting, key=lambda each: (round(each.seconds, 2), _moving(each), each.vram_bytes), default=None)
 
 
-def smallest(task: Task, host: int | None = None, ways: Iterable[str] = WAYS) -> Holding:
+def smallest(task: Task, host: int, ways: Iterable[str] = WAYS) -> Holding:
     """The way that takes the least of the device; of the host at most `host` bytes where that is possible."""
     found = list(_plans(task, 0, tuple(ways)))
-    within = [each for each in found if host is None or each.host_bytes <= host]
+    within = [each for each in found if each.host_bytes <= host]
     return min(within or found, key=lambda each: (each.vram_bytes, each.host_bytes))
+
+
+def best(task: Task, room: int, host: int, ways: Iterable[str] = WAYS) -> Holding:
+    """The fastest plan that fits; where none does, the smallest."""
+    return fastest(task, room, host, ways) or smallest(task, host, ways)
+
+
+def smaller(task: Task, than: Holding, host: int, ways: Iterable[str] = WAYS) -> Holding | None:
+    """The fastest plan that takes at least 5 % less of the device than one that did not fit; else one that takes less.
+
+    None where nothing does, so that stepping down comes to an end.
+    """
+    found = best(task, int(than.vram_bytes * STEP), host, ways)
+    return found if found.vram_bytes < than.vram_bytes else None
 
 
 def _moving(plan: Holding) -> tuple[int, int]:

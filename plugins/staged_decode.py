@@ -18,6 +18,7 @@ kleinctl_api = 1
 
 #: Side and overlap in pixels of the tiles that a picture is decoded in where nothing else fits.
 TILE, OVERLAP = 512, 128
+#: On a processor there is one memory for both.
 UNBOUNDED = 2**63
 #: Prompts whose embeddings are remembered while the session lasts (7.9 MB each).
 REMEMBERED = 16
@@ -48,10 +49,10 @@ class StagedDecode:
         on_card = hardware.gpu is not None and "cuda" in model.devices
         task, ram = Task.of(model, hardware, job), hardware.ram_available_bytes - memory.PROCESS_BYTES
         if hardware.gpu is not None and on_card:
-            plan = holding.fastest(task, memory.usable_vram(hardware.gpu), ram) or holding.smallest(task, ram)
+            plan = holding.best(task, memory.usable_vram(hardware.gpu), ram)
             vram, host = plan.vram_bytes, plan.host_bytes + memory.PROCESS_BYTES
         else:
-            plan = holding.fastest(task, ram, ram, CPU_WAYS) or holding.smallest(task, None, CPU_WAYS)
+            plan = holding.best(task, ram, UNBOUNDED, CPU_WAYS)
             vram, host = 0, plan.vram_bytes + memory.PROCESS_BYTES
             if "cpu" not in model.devices:  # it would be streamed to a card, if there were one
                 vram = memory.CONTEXT_BYTES + plan.vram_bytes
@@ -89,6 +90,7 @@ class Session:
         self.tiling: tuple[int, int] | None = None
         self._dtype = getattr(torch, model.manifest.dtype)
         self._room = budget.vram_bytes if self.on_card else budget.ram_bytes
+        self._host = max(0, budget.ram_bytes - memory.PROCESS_BYTES) if self.on_card else UNBOUNDED
         self._hardware = _hardware(budget)
         self._remembered: dict[tuple[str, bool], tuple[Any, ...]] = {}
         self.tokenizer = AutoTokenizer.from_pretrained(model.folder / "tokenizer", local_files_only=True)
@@ -178,11 +180,10 @@ class Session:
             self.encoder.hold(plan.encoder.resident, plan.encoder.host, self.reader)
 
     def _plan(self, job: Job) -> Holding:
-        task = Task.of(self.model.manifest, self._hardware, job)
-        if not self.on_card:  # one memory for both
-            return holding.fastest(task, self._room, UNBOUNDED, self.ways) or holding.smallest(task, None, self.ways)
-        host = max(0, self.budget.ram_bytes - memory.PROCESS_BYTES)
-        return holding.fastest(task, self._room, host, self.ways) or holding.smallest(task, host, self.ways)
+        return holding.best(self._task(job), self._room, self._host, self.ways)
+
+    def _task(self, job: Job) -> Task:
+        return Task.of(self.model.manifest, self._hardware, job)
 
     def _staged(self, stage: Callable[[Holding], Any], plan: Holding, job: Job) -> tuple[Any, Holding]:
         """A stage's result, and the plan it was made by: a smaller one where the card's memory ran out meanwhile.
@@ -197,18 +198,13 @@ class Session:
                 return stage(plan), plan
             except torch.OutOfMemoryError:
                 self._let_go()
-                smaller = self._smaller(job, plan)
+                smaller = holding.smaller(self._task(job), plan, self._host, self.ways)
                 if smaller is None:
                     raise
+                self._room = int(plan.vram_bytes * holding.STEP)  # what did not fit once is not tried again
                 figures = f"{plan.vram_bytes / 2**30:.1f} GiB", f"{smaller.vram_bytes / 2**30:.1f} GiB"
                 self.warnings.append("VRAM ran out with a plan for {}; it went on with one for {}".format(*figures))
                 plan = smaller
-
-    def _smaller(self, job: Job, plan: Holding) -> Holding | None:
-        """The next plan that takes at least 5 % less of the card; None where there is none."""
-        least = holding.smallest(Task.of(self.model.manifest, self._hardware, job), None, self.ways)
-        self._room = int(plan.vram_bytes * 0.95)
-        return None if plan.vram_bytes <= least.vram_bytes else self._plan(job)
 
     def _let_go(self) -> None:
         for component in (self.encoder, self.transformer):

@@ -91,7 +91,6 @@ class Component:
         self.units = {name: Unit(name, module.get_submodule(name)) for name in names}
         self.units[""] = Unit("", module)
         self._take_parameters(files, dtype, prefix)
-        self._ring: Ring | None = None
 
     def _take_parameters(self, files: Sequence[Path], dtype: Any, prefix: str) -> None:
         import torch
@@ -220,8 +219,6 @@ class Ring:
     def _before(self, unit: Unit) -> None:
         import torch
 
-        if unit.name not in self._ready:  # a forward that ended early: begin where this one begins
-            self._restart(unit)
         slot, copied = self._ready[unit.name]
         if copied is not None:
             torch.cuda.current_stream().wait_event(copied)
@@ -238,14 +235,6 @@ class Ring:
         if not self._coming:
             self._coming.extend(self.units)
         self._fetch()
-
-    def _restart(self, unit: Unit) -> None:
-        self._free.extend(self._ready.values())
-        self._ready.clear()
-        at = self.units.index(unit)
-        self._coming = deque([*self.units[at:], *self.units[:at]])
-        while self._free and self._coming:
-            self._fetch()
 
     def close(self) -> None:
         """Take the hooks off and let the slots go."""

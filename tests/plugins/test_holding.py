@@ -65,6 +65,17 @@ def test_little_ram_means_reading_again_instead_of_pinning():
     assert "staged" in plan.strategy
 
 
+@given(SIDES, st.integers(2 * GIB, 24 * GIB), st.integers(0, 16 * GIB))
+def test_stepping_down_comes_to_an_end(side, room, host):
+    """With little RAM the smallest plan that is allowed takes more of the card than the smallest there is."""
+    now: holding.Holding | None = holding.best(task(side=side), room, host)
+    seen = []
+    while now is not None:
+        seen.append(now.vram_bytes)
+        now = holding.smaller(task(side=side), now, host)
+    assert seen == sorted(set(seen), reverse=True)
+
+
 def test_the_units_of_the_transformer_are_all_of_it():
     for model in MODELS.values():
         units = holding.transformer_units(model)
