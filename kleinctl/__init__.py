@@ -24,6 +24,7 @@ __all__ = [
     "Remedy",
     "Sighting",
     "Signature",
+    "Stage",
     "check",
     "hookimpl",
     "memory",
@@ -31,7 +32,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from kleinctl import memory
-    from kleinctl.backends import API_VERSION, Budget, Fit, InstalledModel, Job
+    from kleinctl.backends import API_VERSION, Budget, Fit, InstalledModel, Job, Stage
     from kleinctl.checks import Check, CouldNotCheck, check
     from kleinctl.environment import Environment
     from kleinctl.hardware import Gpu, Hardware
@@ -47,6 +48,7 @@ _WHERE = {
     "Fit": "backends",
     "InstalledModel": "backends",
     "Job": "backends",
+    "Stage": "backends",
     "Check": "checks",
     "CouldNotCheck": "checks",
     "check": "checks",

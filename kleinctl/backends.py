@@ -21,7 +21,8 @@ API_VERSION = 1
 class Job:
     """One picture to make, with every choice made.
 
-    Sizes are in pixels and multiples of 16. `images` are reference pictures for an edit, in their order.
+    Sizes are in pixels and multiples of 16. `images` are reference pictures for an edit, in their order. `precision` is
+    how weights are held where that is not as the manifest says, such as `fp8`; the picture is then a little another.
     """
 
     prompt: str
@@ -31,6 +32,7 @@ class Job:
     steps: int
     guidance: float
     images: tuple[Path, ...] = ()
+    precision: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,25 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """What one stage (`encode`, `denoise`, `decode`) is predicted to take: a peak in bytes of VRAM, and seconds.
+
+    `weights_bytes` of the peak are weights; the rest is activations and the CUDA context.
+    """
+
+    name: str
+    vram_bytes: int
+    weights_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Fit:
     """A backend's prediction for a model, a machine and a job.
 
     `vram_bytes` and `ram_bytes` are peaks, `disk_bytes` what all parts take on disk, `seconds_first` a picture from
-    process start, `seconds_next` one more with a new prompt. `why_not` is a sentence where `fits` is false.
+    process start, `seconds_next` one more with a new prompt. `why_not` is a sentence where `fits` is false. `stages`
+    are those of the next picture, in their order, where the backend can tell them apart.
     """
 
     vram_bytes: int
@@ -58,6 +74,7 @@ class Fit:
     fits: bool
     strategy: str
     why_not: str | None = None
+    stages: tuple[Stage, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The fit as JSON documents carry it."""
@@ -69,6 +86,7 @@ class Fit:
             "seconds_next": round(self.seconds_next, 2),
             "fits": self.fits,
             "strategy": self.strategy,
+            "stages": [{**vars(each), "seconds": round(each.seconds, 3)} for each in self.stages],
         }
 
 
@@ -89,7 +107,9 @@ class Session(Protocol):
 
     It may have `warnings`, a list of sentences about the last picture (kleinctl shows and empties it), `dtype`, the
     precision it computes in where that is not the manifest's, `tokenizer` (kleinctl says what of a long prompt was not
-    read) and `tiling`, side and overlap in pixels of the tiles that the last picture was decoded in.
+    read) and `tiling`, side and overlap in pixels of the tiles that the last picture was decoded in. It may have
+    `prepare(jobs, progress)`, which is told the jobs that come next, in their order: it can do a stage of all of them
+    while that stage's weights are at hand. What it cannot do for a job it leaves to `generate`.
     """
 
     #: How the weights are held, in one or two words; goes into the record of each picture.
