@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from kleinctl.hardware.facts import Hardware
+
 if TYPE_CHECKING:
     from kleinctl.environment import Environment
-    from kleinctl.hardware import Hardware
     from kleinctl.manifest import Model
     from kleinctl.problem import Problem
 
@@ -37,11 +38,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a job may use on this machine: bytes of VRAM and of RAM, and the torch device it runs on."""
+    """What a job may use on this machine: bytes of VRAM and of RAM, and the torch device it runs on.
+
+    `hardware` is what was known of the machine when the job was planned, with the rates of its card.
+    """
 
     vram_bytes: int
     ram_bytes: int
     device: str = "cuda:0"
+    hardware: Hardware | None = None
 
 
 @dataclass(frozen=True)
@@ -92,10 +97,16 @@ class Fit:
 
 @dataclass(frozen=True)
 class InstalledModel:
-    """A model as a worker finds it: its manifest and the folder that holds its parts in the backend's layout."""
+    """A model as a worker finds it: its manifest and the folder that holds its parts in the backend's layout.
+
+    `parts` are their sha256 by id, as far as they are known. `cache` is a folder of kleinctl's where a session may keep
+    what it can make again; it may be emptied at any time.
+    """
 
     manifest: Model
     folder: Path
+    parts: Mapping[str, str] = field(default_factory=dict, hash=False)
+    cache: Path | None = None
 
 
 #: `progress(stage, done, total)` with stage `load`, `encode`, `denoise` or `decode`; kleinctl times the stages by it.
@@ -124,7 +135,11 @@ class Session(Protocol):
 
 @runtime_checkable
 class Backend(Protocol):
-    """One way to run a model. `kleinctl_backends` returns instances of such a class."""
+    """One way to run a model. `kleinctl_backends` returns instances of such a class.
+
+    It may have `prefetch(model, budget, job)`, which the worker calls before torch is imported, with the first job: it
+    can begin to read weights meanwhile. And `precisions`, the values of `Job.precision` that it knows besides "".
+    """
 
     name: str
     aliases: tuple[str, ...]

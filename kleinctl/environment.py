@@ -27,7 +27,7 @@ from kleinctl.problem import Evidence, KleinctlError, Misuse, Problem, Remedy, d
 from kleinctl.units import bytes_text
 
 if TYPE_CHECKING:
-    from kleinctl.hardware import Gpu, Hardware, Package
+    from kleinctl.hardware import Gpu, Hardware, Package, Python
 
 RECORD = "environment.json"
 DRIVERS = "https://www.nvidia.com/drivers"
@@ -367,7 +367,7 @@ def remove(name: str) -> None:
         raise Misuse(Problem(f"there is no environment {name!r}", why, "kleinctl uninstall --help"))
     try:
         with _lock():
-            _discard(folders[name])
+            discard(folders[name])
     except PermissionError as error:
         why = f"{error.strerror}: {error.filename}."
         raise KleinctlError(Problem(f"{name} is in use", why, "end what runs in it, and try again")) from None
@@ -482,19 +482,34 @@ def numbers(version: str) -> tuple[int, ...]:
 
 def _check_system(hardware: Hardware) -> None:
     """Raise where PyTorch offers no wheel at all: entry A05 of the failure catalogue."""
-    allowed, python = data()["python"], hardware.python
     if hardware.platform not in ("linux", "win32") or hardware.machine.lower() not in ("x86_64", "amd64", "unknown"):
         why = f"kleinctl makes them for Linux and Windows on x86-64; this is {hardware.os} on {hardware.machine}."
         fix = "pip install torch diffusers transformers accelerate"
         raise _no_build("there is no environment for this system", why, fix)
+    if not usable(hardware.python):
+        raise KleinctlError(no_python(hardware))
+
+
+def usable(python: Python | None) -> bool:
+    """Whether an environment can be made from this Python: one of 64 bits, of a version that the packages are for."""
+    allowed = data()["python"]
     if python is None or python.version == "unknown":
-        return
-    fix = "uv tool install --python 3.12 kleinctl"
+        return True
+    return python.bits == 64 and numbers(allowed["oldest"]) <= numbers(python.version)[:2] <= numbers(allowed["newest"])
+
+
+def no_python(hardware: Hardware) -> Problem:
+    """The problem of a Python that no environment can be made from. `doctor --fix` makes one from another."""
+    allowed, python = data()["python"], hardware.python
     if python.bits != 64:
-        raise _no_build("this Python is a 32-bit one", "PyTorch is made for 64-bit Pythons alone.", fix)
-    if not numbers(allowed["oldest"]) <= numbers(python.version)[:2] <= numbers(allowed["newest"]):
+        what, why = "this Python is a 32-bit one", "PyTorch is made for 64-bit Pythons alone."
+    else:
+        what = f"Python {python.version} cannot run a model"
         why = f"The packages to install are made for {allowed['oldest']} to {allowed['newest']}."
-        raise _no_build(f"Python {python.version} cannot run a model", why, fix)
+    fetch = f"install uv (https://docs.astral.sh/uv), or Python {allowed['fetch']} from https://www.python.org"
+    remedy = Remedy("build-environment", {}, "ask")
+    fix = f"kleinctl doctor --fix   # makes an environment from another Python; where there is none: {fetch}"
+    return Problem(what, why, fix, name="no-torch-build", ref="A05", remedy=remedy)
 
 
 def _no_build(what: str, why: str, fix: str, ref: str = "A05") -> KleinctlError:
@@ -505,7 +520,7 @@ def _no_build(what: str, why: str, fix: str, ref: str = "A05") -> KleinctlError:
 
 
 def plan(requires: Sequence[str], hardware: Hardware, cuda: bool) -> EnvironmentPlan:
-    """The managed environment that meets `requires` on this machine.
+    """The managed environment that meets `requires` on this machine; made from another Python where this does not do.
 
     Raises:
         KleinctlError: there is no torch for this machine, or a requirement contradicts the pinned versions.
@@ -513,9 +528,14 @@ def plan(requires: Sequence[str], hardware: Hardware, cuda: bool) -> Environment
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    build, stack = torch_build(hardware, cuda), data()["stack"]
+    from kleinctl.environment_build import another_python
+
+    other = None if usable(hardware.python) else another_python()
+    build, stack = torch_build(replace(hardware, python=other) if other else hardware, cuda), data()["stack"]
     _check_libc()
-    pinned = [pin for pin in map(Requirement, stack["pins"]) if not pin.marker or pin.marker.evaluate()]
+    version = other.version if other else "{}.{}.{}".format(*sys.version_info)
+    told = {"python_version": ".".join(version.split(".")[:2]), "python_full_version": version}
+    pinned = [pin for pin in map(Requirement, stack["pins"]) if not pin.marker or pin.marker.evaluate(told)]
     pins = tuple(f"{pin.name}{pin.specifier}" for pin in pinned)
     versions = {"torch": build.torch, **dict(pin.split("==") for pin in pins)}
     known = [each for each in requires if canonicalize_name(Requirement(each).name) in versions]
@@ -536,7 +556,7 @@ def plan(requires: Sequence[str], hardware: Hardware, cuda: bool) -> Environment
     return EnvironmentPlan(
         name=name,
         folder=envs_folder() / name,
-        python=Path(getattr(sys, "_base_executable", None) or sys.executable),
+        python=Path(other.executable if other else getattr(sys, "_base_executable", None) or sys.executable),
         build=build,
         pins=pins,
         extras=extras,
@@ -578,7 +598,7 @@ def build(plan: EnvironmentPlan, progress: OnEvent = lambda event: None, *, allo
         _check_room(plan)
         try:
             builder.run()
-            _discard(plan.folder)
+            discard(plan.folder)
             _rename(builder.beside, plan.folder)
         except OSError as error:
             raise builder.failure(f"{error.strerror}: {error.filename}") from error
@@ -619,7 +639,7 @@ def _check_room(plan: EnvironmentPlan) -> None:
         raise KleinctlError(Problem(f"{envs_folder()} has no room for {plan.name}", why, fix, name="disk-full"))
 
 
-def _discard(folder: Path) -> None:
+def discard(folder: Path) -> None:
     """Take a folder away at once, and then delete it, however long that takes.
 
     Raises:

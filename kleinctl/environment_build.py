@@ -11,18 +11,22 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from kleinctl import __version__
-from kleinctl.environment import PYTHON, RECORD, BuildEvent, EnvironmentPlan, OnEvent, data, inspect, numbers
-from kleinctl.home import envs_folder, logs_folder, offline
+from kleinctl.environment import PYTHON, RECORD, BuildEvent, EnvironmentPlan, OnEvent, data, inspect, numbers, usable
+from kleinctl.hardware.facts import Python
+from kleinctl.home import envs_folder, home, logs_folder, offline
+from kleinctl.hub import certificates
 from kleinctl.problem import KleinctlError, Problem
 
 #: Seconds: an answer from a package index, a first `import torch` from a slow disk, gigabytes over a slow line.
 PROBE_SECONDS, IMPORT_SECONDS, LONGEST_SECONDS = 5, 300, 24 * 3600
+#: Seconds that a Python has to say its version.
+PYTHON_SECONDS = 10
 #: Nothing is compiled here, C or Python: byte code of all files takes 28 s and 190 MB, of those ever imported 8 s.
 WHEELS = ("--only-binary", ":all:", "--no-compile")
 
@@ -41,6 +45,12 @@ def reachable(index: str) -> bool:
         return isinstance(error.reason, ssl.SSLCertVerificationError)
     except (OSError, http.client.HTTPException, ValueError):
         return False
+
+
+def trusting() -> dict[str, str]:
+    """A variable that lets pip trust the certificates that were named for the hub; its own settings come first."""
+    file = (certificates() or ("", ""))[1]
+    return {"PIP_CERT": file} if file else {}
 
 
 #: What the last words of pip mean, and what to do about it; the first that is found counts.
@@ -172,7 +182,7 @@ class Builder:
         tmp = str(self.beside / "tmp")  # on the disk that was found to have room; /tmp may be small
         quiet = {"PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "TMPDIR": tmp, "TEMP": tmp, "TMP": tmp}
         pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        pipes |= {"encoding": "utf-8", "errors": "replace", "env": {**os.environ, **quiet}}
+        pipes |= {"encoding": "utf-8", "errors": "replace", "env": {**trusting(), **os.environ, **quiet}}
         self.last.clear()
         with self.log.open("a", encoding="utf-8") as log, subprocess.Popen(command, **pipes) as child:
             log.write(f"\n$ {' '.join(command)}\n")
@@ -220,6 +230,65 @@ class Builder:
                 path=str(self.log),
             )
         )
+
+
+# Another Python
+
+
+def pythons_folder() -> Path:
+    """Pythons that were fetched for environments."""
+    return home() / "pythons"
+
+
+def another_python() -> Python | None:
+    """A Python on this machine that an environment can be made from, the newest version first; None if there is none.
+
+    Each is run for a moment: names promise much, and a Python may lack its `venv`.
+    """
+    seen: set[str] = set()
+    for path in _interpreters():
+        real = os.path.realpath(path)
+        if real not in seen and (found := _asked(path)) is not None and usable(found):
+            return found
+        seen.add(real)
+    return None
+
+
+def _interpreters() -> Iterator[Path]:
+    """Where Pythons lie: fetched by us, on the PATH, in the folders of pyenv, uv and the installer for Windows."""
+    rows = data()["python"]
+    last = numbers(rows["newest"])[1]
+    for minor in range(last, numbers(rows["oldest"])[1] - 1, -1):
+        folders = (
+            *pythons_folder().glob(f"cpython-3.{minor}*"),
+            *Path.home().glob(f".pyenv/versions/3.{minor}.*"),
+            *Path.home().glob(f".local/share/uv/python/cpython-3.{minor}.*"),
+            *Path(os.environ.get("APPDATA") or os.devnull).glob(f"uv/python/cpython-3.{minor}.*"),
+            *Path(os.environ.get("LOCALAPPDATA") or os.devnull).glob(f"Programs/Python/Python3{minor}"),
+            *Path(os.environ.get("PROGRAMFILES") or os.devnull).glob(f"Python3{minor}"),
+        )
+        on_path = shutil.which(f"python3.{minor}")
+        yield from (Path(on_path),) if on_path else ()
+        for folder in folders:
+            yield from (path for path in (folder / "bin" / "python3", folder / "python.exe") if path.exists())
+
+
+def _asked(python: Path) -> Python | None:
+    """What a Python says of itself; None where it does not run or cannot make an environment."""
+    code = (  # wheels are for CPython with its lock
+        "import ensurepip, json, struct, sys, sysconfig, venv; "
+        "assert sys.implementation.name == 'cpython' and not sysconfig.get_config_var('Py_GIL_DISABLED'); "
+        "print(json.dumps(['.'.join(map(str, sys.version_info[:3])), "
+        "getattr(sys, '_base_executable', None) or sys.executable, struct.calcsize('P') * 8]))"
+    )
+    try:
+        said = subprocess.run(
+            [python, "-I", "-c", code], capture_output=True, stdin=subprocess.DEVNULL, timeout=PYTHON_SECONDS
+        ).stdout
+        version, executable, bits = json.loads(said)
+        return Python(str(version), str(executable), int(bits), venv=True)
+    except (OSError, ValueError, TypeError, subprocess.SubprocessError):
+        return None
 
 
 def offered_build(packages: Mapping[str, str]) -> str:

@@ -44,7 +44,7 @@ class WorkerHandle(Protocol):
     """A running worker. Used in a `with` block: it is closed at its end, and stopped when the block fails."""
 
     def ask(self, request: Request, on_progress: OnProgress) -> Reply:
-        """Send a request and wait for its answer, `Loaded` or `Made`.
+        """Send a request and wait for its answer: `Loaded`, `Prepared` or `Made`.
 
         Raises:
             KleinctlError: the request failed; the worker can be asked again.
@@ -161,6 +161,7 @@ class ProcessWorker:
     def ask(self, request: Request, on_progress: OnProgress) -> Reply:
         """Send a request and wait for its answer; see `WorkerHandle.ask`."""
         self._stage = type(request).__name__.lower()
+        self._log.tail.clear()  # what earlier requests said explains nothing of this one
         self._send(protocol.encode(request))
         while isinstance(reply := self._hear(self._executor.quiet_seconds), Progress):
             self._stage = reply.stage
@@ -387,6 +388,7 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 _STAGES = {
     "start": "starting",
     "load": "loading the model",
+    "prepare": "preparing the pictures",
     "generate": "making the picture",
     "encode": "reading the prompt",
     "denoise": "drawing the picture",

@@ -163,16 +163,20 @@ def fetch(
         Stopped: `stop` was set.
     """
     job = _Fetch(part, progress, stop or threading.Event(), patience)
-    job.partial.load(part.size, job.tick("rehash"))
     failures: list[Problem] = []
-    for source in part.sources:
-        try:
-            job.take(source)
-            job.emit("done")
-            return job.partial.path, job.partial.sha256.hexdigest()
-        except Failed as failure:
-            failures.append(failure.problem)
-    raise KleinctlError(_with_the_others(failures))
+    try:
+        job.partial.load(part.size, job.tick("rehash"))
+        for source in part.sources:
+            try:
+                job.take(source)
+                job.emit("done")
+                return job.partial.path, job.partial.sha256.hexdigest()
+            except Failed as failure:
+                failures.append(failure.problem)
+        raise KleinctlError(_with_the_others(failures))
+    except BaseException:
+        job.partial.drop_if_empty()
+        raise
 
 
 def _with_the_others(failures: Sequence[Problem]) -> Problem:
@@ -259,6 +263,13 @@ class _Partial:
         """The file is gone or empty."""
         self.size, self.sha256 = 0, hashlib.sha256()
         self.sidecar.unlink(missing_ok=True)
+
+    def drop_if_empty(self) -> None:
+        """Nothing has arrived, so nothing is left behind."""
+        with contextlib.suppress(OSError):
+            if not self.path.stat().st_size:
+                self.path.unlink()
+                self.sidecar.unlink(missing_ok=True)
 
     def etag(self, url: str) -> str | None:
         """What the server called the version that these bytes are of, if they came from `url`."""

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import itertools
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from kleinctl.backends import Budget, Job
-from kleinctl.executors import Executor, ProcessExecutor, WorkerHandle
+from kleinctl.executors import Executor, ProcessExecutor, WorkerDied, WorkerHandle
+from kleinctl.home import home
 from kleinctl.manifest import Model
 from kleinctl.pictures import reference
 from kleinctl.problem import KleinctlError, Misuse, Problem
-from kleinctl.records import RECORD_SCHEMA
-from kleinctl.verify import hash_file
-from kleinctl.worker.protocol import NO_PIXELS, Generate, Load, Loaded, Made, Pixels, Progress, PromptCut, StageUse
+from kleinctl.records import begin
+from kleinctl.worker import protocol
+from kleinctl.worker.protocol import (
+    NO_PIXELS,
+    Generate,
+    Load,
+    Loaded,
+    Made,
+    Pixels,
+    Prepare,
+    Prepared,
+    Progress,
+    PromptCut,
+    StageUse,
+)
 
 SCHEMA = "kleinctl.run/1"
 #: The stages whose seconds are told; what a backend calls otherwise counts in the total alone.
 STAGES = ("load", "encode", "denoise", "decode")
+#: Jobs that a backend is told of ahead: embeddings and latents of so many wait in memory (RAM), some 10 MB each.
+CHUNK = 16
 
 
 @dataclass(frozen=True)
@@ -30,7 +48,8 @@ class Request:
 
     `python` is the interpreter of the backend's environment, `plugin` the module that offers the backend, `folder`
     where the model's parts lie in its layout, `parts` their sha256 by id, `gpu` the UUID of the card to use.
-    `outputs` has the file of each job; see `choose_outputs`.
+    `outputs` has the file of each job; see `choose_outputs`. `origins` is where each job of a batch stands
+    (`prompts.jsonl:3`): one that fails is named by it, and the rest runs; without it the first that fails ends the run.
     """
 
     model: Model
@@ -43,6 +62,7 @@ class Request:
     outputs: tuple[Path, ...]
     parts: Mapping[str, str] = field(default_factory=dict, hash=False)
     gpu: str | None = None
+    origins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,10 +96,21 @@ class Image:
 
 
 @dataclass(frozen=True)
+class Failure:
+    """A job of a batch that gave no picture: its place in the request from 0, and how many of `count` are over now."""
+
+    index: int
+    problem: Problem
+    number: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Result:
     """What a run made. `load_seconds` by stage, before the first picture; `total_seconds` with the worker's start.
 
-    `problems` are what was odd about the jobs and about how the run went.
+    `images` keep the order of the jobs, without those that failed. `prepared` is what was done ahead for several of
+    them. `problems` are what was odd about the jobs and about how the run went.
     """
 
     backend: str
@@ -90,11 +121,14 @@ class Result:
     load_stages: Mapping[str, StageUse] = field(default_factory=dict, hash=False)
     card_bytes: int = 0
     problems: tuple[Problem, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    prepared: tuple[Prepared, ...] = ()
 
     @property
     def remarks(self) -> list[str]:
         """What the backend said, each once."""
-        return list(dict.fromkeys(text for image in self.images for text in image.record["warnings"]))
+        ahead = (text for each in self.prepared for text in each.warnings)
+        return list(dict.fromkeys([*ahead, *(text for image in self.images for text in image.record["warnings"])]))
 
     @property
     def warnings(self) -> list[str]:
@@ -103,18 +137,26 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """`kleinctl.run/1`. `record` is the first picture's; each file carries its own."""
-        last, stages = self.images[-1], [self.load_seconds, *(image.seconds for image in self.images)]
         return {
             "schema": SCHEMA,
             "images": [image.to_json() for image in self.images],
             "backend": self.backend,
             "model": self.model,
+            "seconds": {**_seconds(self._stages()), "total": round(self.total_seconds, 3)},
+            "warnings": self.warnings,
+            **(self._of_pictures() if self.images else {}),
+        }
+
+    def _stages(self) -> list[Mapping[str, float]]:
+        return [self.load_seconds, *(each.seconds for each in self.prepared), *(each.seconds for each in self.images)]
+
+    def _of_pictures(self) -> dict[str, Any]:
+        last = max(self.images, key=lambda image: image.peak_rss_bytes)
+        return {
             "strategy": last.record["strategy"],
-            "seconds": {**_seconds(stages), "total": round(self.total_seconds, 3)},
-            "peak_vram_bytes": last.peak_vram_bytes,
+            "peak_vram_bytes": max(image.peak_vram_bytes for image in self.images),
             "peak_vram_source": last.peak_vram_source,
             "peak_rss_bytes": last.peak_rss_bytes,
-            "warnings": self.warnings,
             "record": self.images[0].record,
         }
 
@@ -126,7 +168,10 @@ def _seconds(stages: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Step:
-    """Progress: `done` of `total` in `stage`, for picture `number` (from 1; 0 while loading) of `count`."""
+    """Progress: `done` of `total` in `stage`, for picture `number` (from 1) of `count`.
+
+    `number` is 0 while the model loads, and while a stage of several pictures is done ahead.
+    """
 
     stage: str
     done: int
@@ -137,53 +182,100 @@ class Step:
 
 @dataclass(frozen=True)
 class Finished:
-    """A picture is there: `number` (from 1) of `count`."""
+    """A picture is there, and `number` of `count` are over now."""
 
     image: Image
     number: int
     count: int
 
 
-Event = Step | Finished
+Event = Step | Finished | Failure
 OnEvent = Callable[[Event], None]
 
 
 def run(request: Request, on_event: OnEvent, executor: Executor | None = None) -> Result:
-    """Make every picture of `request` in one worker.
+    """Make every picture of `request` in one worker, and in another where that dies in a batch.
 
-    Nothing is loaded before inputs and outputs are checked. A file that was there is replaced once the new picture is
-    whole, and not before; whatever ends a run early leaves finished pictures, and no half ones.
+    Nothing is loaded before inputs and outputs are checked (inputs of a batch: each job's when its turn comes). A file
+    that was there is replaced once the new picture is whole, and not before; whatever ends a run early leaves finished
+    pictures, and no half ones.
 
     Raises:
         KleinctlError: something cannot work, or failed; no worker is left behind.
     """
     start = time.monotonic()
-    count = len(request.jobs)
-    check_jobs(request.jobs)
+    check_jobs(() if request.origins else request.jobs)
     prepare_outputs(request.jobs, request.outputs)
-    images: list[Image] = []
-
-    def at(number: int) -> Callable[[Progress], None]:
-        return lambda said: on_event(Step(said.stage, said.done, said.total, number, count))
-
-    with Painter(request, at(0), executor) as painter:
-        for number, (job, output) in enumerate(zip(request.jobs, request.outputs, strict=True), 1):
-            try:
-                images.append(painter.paint(job, output, at(number)))
-            except KleinctlError as error:
-                raise _with_finished(error, number - 1, count) from None
-            on_event(Finished(images[-1], number, count))
+    with Painter(request, _steps(request, 0, on_event), executor) as painter:
+        images, failures = _paint_all(painter, request, on_event)
         seconds = time.monotonic() - start
     loaded = painter.loaded
     return Result(
         backend=request.backend,
         model=request.model.name,
-        images=tuple(images),
+        images=tuple(images[index] for index in sorted(images)),
         load_seconds=loaded.seconds,
         total_seconds=seconds,
         load_stages=loaded.stages,
         card_bytes=loaded.card_bytes,
+        failures=tuple(sorted(failures, key=lambda failure: failure.index)),
+        prepared=tuple(painter.prepared),
     )
+
+
+def _steps(request: Request, number: int, on_event: OnEvent) -> Callable[[Progress], None]:
+    count = len(request.jobs)
+    return lambda said: on_event(Step(said.stage, said.done, said.total, number, count))
+
+
+def _paint_all(painter: Painter, request: Request, on_event: OnEvent) -> tuple[dict[int, Image], list[Failure]]:
+    """The pictures by their job's place in the request, and what failed."""
+    images: dict[int, Image] = {}
+    failures: list[Failure] = []
+    for chunk in _chunks(request.jobs):
+        ahead = _steps(request, 0, on_event)
+        painter.ready(ahead)
+        painter.prepare([request.jobs[index] for index in chunk], ahead)
+        for index in chunk:
+            number, count = len(images) + len(failures) + 1, len(request.jobs)
+            on_progress = _steps(request, number, on_event)
+            try:
+                painter.ready(on_progress)
+                image = _paint(painter, request, index, on_progress)
+            except JobFailed as failed:
+                failures.append(Failure(index, failed.problem, number, count))
+                on_event(failures[-1])
+            except KleinctlError as error:
+                raise _with_finished(error, len(images), count) from None
+            else:
+                images[index] = image
+                on_event(Finished(image, number, count))
+    return images, failures
+
+
+def _chunks(jobs: Sequence[Job]) -> list[list[int]]:
+    """Places in `jobs`, `CHUNK` at a time; in a chunk jobs of one size follow each other, the largest first."""
+    every = range(len(jobs))
+    cut = [every[start : start + CHUNK] for start in range(0, len(jobs), CHUNK)]
+    return [sorted(chunk, key=lambda index: (-jobs[index].width * jobs[index].height, index)) for chunk in cut]
+
+
+class JobFailed(KleinctlError):
+    """A job of a batch failed, and the next may succeed."""
+
+
+def _paint(painter: Painter, request: Request, index: int, on_progress: Callable[[Progress], None]) -> Image:
+    """The picture of a job. One of a batch gets a second worker where the first dies, which may not be its doing."""
+    job, output = request.jobs[index], request.outputs[index]
+    if not request.origins:
+        return painter.paint(job, output, on_progress)
+    try:
+        with contextlib.suppress(WorkerDied):
+            return painter.paint(job, output, on_progress)
+        return painter.paint(job, output, on_progress)
+    except KleinctlError as error:
+        what = f"{request.origins[index]}: {error.problem.what}"
+        raise JobFailed(replace(error.problem, what=what)) from None
 
 
 def _with_finished(error: KleinctlError, finished: int, count: int) -> KleinctlError:
@@ -203,28 +295,65 @@ class Painter:
         self, request: Request, on_progress: Callable[[Progress], None], executor: Executor | None = None
     ) -> None:
         self._request = request
+        self._place = executor or ProcessExecutor()
         self._partial: Path | None = None
-        place = executor or ProcessExecutor()
-        self._worker: WorkerHandle = place.start(request.python, request.plugin, gpu=request.gpu)
+        self._worker: WorkerHandle | None = None
+        #: What was done ahead, in its order.
+        self.prepared: list[Prepared] = []
+        self.ready(on_progress)
+
+    def ready(self, on_progress: Callable[[Progress], None]) -> WorkerHandle:
+        """The worker; where it has died, another in which the model is loaded again.
+
+        Raises:
+            KleinctlError: it does not start, or the model does not load.
+        """
+        if self._worker is not None:
+            return self._worker
+        wanted = self._request
+        worker = self._place.start(wanted.python, wanted.plugin, gpu=wanted.gpu)
         try:
-            load = Load(request.plugin, request.backend, request.model, request.folder.absolute(), request.budget)
-            reply = self._worker.ask(load, on_progress)
+            load = Load(
+                wanted.plugin,
+                wanted.backend,
+                wanted.model,
+                wanted.folder.absolute(),
+                wanted.budget,
+                dict(wanted.parts),
+                home() / "cache",
+                _absolute(wanted.jobs[0]) if wanted.jobs else None,
+            )
+            reply = worker.ask(load, on_progress)
         except BaseException:
-            self._worker.stop()
+            worker.stop()
             raise
         assert isinstance(reply, Loaded)
-        self.loaded = reply
+        self._worker, self.loaded = worker, reply
+        return worker
+
+    def prepare(self, jobs: Sequence[Job], on_progress: Callable[[Progress], None]) -> None:
+        """Let the backend do ahead what it can for `jobs`, which come next.
+
+        What goes wrong is in the worker's log; each job meets it again, or does not, when it is painted.
+        """
+        if len(jobs) > 1:
+            with contextlib.suppress(KleinctlError):
+                reply = self._ask(Prepare(tuple(map(_absolute, jobs))), on_progress)
+                assert isinstance(reply, Prepared)
+                self.prepared.append(reply)
 
     def paint(self, job: Job, output: Path, on_progress: Callable[[Progress], None]) -> Image:
         """Make the picture of `job` and put it at `output`, replacing what is there.
 
         Raises:
             KleinctlError: it failed; the next job may succeed.
-            WorkerDied: it failed for good; see `kleinctl.executors`.
+            WorkerDied: it failed and took the worker along; the next job gets another.
         """
-        output = output.absolute()
+        check_jobs([job])  # a reference may have gone since the run began
+        output, wanted = output.absolute(), self._request
         self._partial = output.with_name(f".{output.name[:100]}.{os.getpid()}.partial")
-        reply = self._worker.ask(Generate(_absolute(job), output, self._partial, self._record(job)), on_progress)
+        record = begin(job, wanted.model, wanted.backend, wanted.parts)
+        reply = self._ask(Generate(_absolute(job), output, self._partial, record), on_progress)
         assert isinstance(reply, Made)
         self._partial = None
         return Image(
@@ -244,30 +373,29 @@ class Painter:
             tiling=reply.tiling,
         )
 
-    def _record(self, job: Job) -> dict[str, Any]:
-        """What is known beforehand of how a picture is made; the worker adds the rest."""
-        return {
-            "schema": RECORD_SCHEMA,
-            "prompt": job.prompt,
-            "seed": job.seed,
-            "width": job.width,
-            "height": job.height,
-            "steps": job.steps,
-            "guidance": job.guidance,
-            "images": [{"name": path.name, "sha256": hash_file(path)} for path in job.images],
-            "model": self._request.model.name,
-            "variant": self._request.model.variant,
-            "parts": dict(self._request.parts),
-            "backend": self._request.backend,
-        }
+    def _ask(self, request: protocol.Request, on_progress: Callable[[Progress], None]) -> protocol.Reply:
+        worker = self.ready(on_progress)
+        try:
+            return worker.ask(request, on_progress)
+        except WorkerDied:
+            worker.stop()
+            self._worker = None
+            self._clear()
+            raise
+
+    def _clear(self) -> None:
+        """Remove what was written of a picture that did not come."""
+        if self._partial is not None:
+            self._partial.unlink(missing_ok=True)
+            self._partial = None
 
     def __enter__(self) -> Painter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self._worker.__exit__(kind, *rest)
-        if self._partial is not None:
-            self._partial.unlink(missing_ok=True)
+        if self._worker is not None:
+            self._worker.__exit__(kind, *rest)
+        self._clear()
 
 
 def _absolute(job: Job) -> Job:
@@ -293,16 +421,7 @@ def choose_outputs(
         return _default_names(jobs, folder or Path.cwd())
     path = Path(output)
     if many or len(jobs) > 1:
-        if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
-            raise Misuse(
-                Problem(
-                    f"{output} names one file",
-                    f"{len(jobs)} pictures are to be made, so -o has to name a folder.",
-                    f"-o {path.with_suffix('')}",
-                    name="output-not-a-folder",
-                )
-            )
-        return _default_names(jobs, path)
+        return _default_names(jobs, output_folder(path))
     if _is_folder(path) or str(output).endswith(("/", os.sep)):
         return _default_names(jobs, path)
     if path.suffix.lower() != ".png":
@@ -317,15 +436,59 @@ def choose_outputs(
     return (path,)
 
 
+def output_folder(output: Path) -> Path:
+    """`output` as the folder that several pictures go into.
+
+    Raises:
+        Misuse: it is, or is called like, a file.
+    """
+    if output.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") or (not _is_folder(output) and output.exists()):
+        raise Misuse(
+            Problem(
+                f"{output} names one file",
+                "Several pictures may be made, so -o has to name a folder.",
+                f"-o {output.with_suffix('') if output.suffix else output.with_name(output.name + '-pictures')}",
+                name="output-not-a-folder",
+            )
+        )
+    return output
+
+
 def _default_names(jobs: Sequence[Job], folder: Path) -> tuple[Path, ...]:
     chosen: list[Path] = []
     for job in jobs:
-        path, number = folder / f"klein-{job.seed}.png", 1
-        while path in chosen or path.exists():
-            number += 1
-            path = folder / f"klein-{job.seed}-{number}.png"
-        chosen.append(path)
+        names = numbered(folder / f"klein-{job.seed}.png")
+        chosen.append(next(path for path in names if path not in chosen and not path.exists()))
     return tuple(chosen)
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """`path`, and with numbers from 2 on where that name is taken: `klein-7.png`, `klein-7-2.png`, …"""
+    yield path
+    for number in itertools.count(2):
+        yield path.with_stem(f"{path.stem}-{number}")
+
+
+def check_outputs(outputs: Iterable[Path]) -> None:
+    """Whether pictures could be put at `outputs`, as far as that shows without making anything.
+
+    Raises:
+        KleinctlError: one cannot be written.
+    """
+    for output in outputs:
+        if _is_folder(output):
+            raise Misuse(_unwritable(output, "It is a folder.", f"-o {output / 'picture.png'}"))
+        if output.exists() and not os.access(output, os.W_OK):
+            raise KleinctlError(_unwritable(output, "It is read-only.", "-o another.png"))
+    for folder in dict.fromkeys(output.absolute().parent for output in outputs):
+        try:
+            there = next((each for each in (folder, *folder.parents) if each.exists()), folder)
+            if not there.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, f"{there} is no folder")
+            if not os.access(there, os.W_OK):
+                raise PermissionError(errno.EACCES, f"{os.strerror(errno.EACCES)}: {there}")
+        except OSError as error:
+            raise _no_folder(folder, error) from None
 
 
 def prepare_outputs(jobs: Sequence[Job], outputs: Sequence[Path]) -> None:
@@ -334,11 +497,7 @@ def prepare_outputs(jobs: Sequence[Job], outputs: Sequence[Path]) -> None:
     Raises:
         KleinctlError: they cannot, or would fill the disk.
     """
-    for output in outputs:
-        if _is_folder(output):
-            raise Misuse(_unwritable(output, "It is a folder.", f"-o {output / 'picture.png'}"))
-        if output.exists() and not os.access(output, os.W_OK):
-            raise KleinctlError(_unwritable(output, "It is read-only.", "-o another.png"))
+    check_outputs(outputs)
     for folder in dict.fromkeys(output.absolute().parent for output in outputs):
         probe = folder / f".kleinctl-{os.getpid()}.partial"
         try:
@@ -347,7 +506,7 @@ def prepare_outputs(jobs: Sequence[Job], outputs: Sequence[Path]) -> None:
             probe.unlink()
             free = shutil.disk_usage(folder).free
         except OSError as error:
-            raise KleinctlError(_unwritable(folder, f"{error.strerror}.", "-o another/folder/picture.png")) from None
+            raise _no_folder(folder, error) from None
         needed = sum(job.width * job.height * 3 for job in jobs)  # a PNG is rarely larger than its pixels
         if free < needed:
             why = f"The pictures take up to {needed} bytes, and {free} are free."
@@ -359,6 +518,10 @@ def _is_folder(path: Path) -> bool:
         return path.is_dir()
     except OSError as error:  # its name is too long
         raise Misuse(_unwritable(path, f"{error.strerror}.", "-o picture.png")) from None
+
+
+def _no_folder(folder: Path, error: OSError) -> KleinctlError:
+    return KleinctlError(_unwritable(folder, f"{error.strerror}.", "-o another/folder/picture.png"))
 
 
 def _unwritable(path: Path, why: str, fix: str) -> Problem:

@@ -62,3 +62,8 @@ def offline() -> bool:
         os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
         for name in ("KLEINCTL_OFFLINE", "HF_HUB_OFFLINE")
     )
+
+
+def server_file() -> Path:
+    """Where a running `kleinctl serve` says how it is reached."""
+    return home() / "serve.json"

@@ -15,11 +15,13 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
 from kleinctl import __version__, store
-from kleinctl.home import offline
+from kleinctl.config import load_config
+from kleinctl.home import config_file, offline
 from kleinctl.manifest import HUB
 from kleinctl.problem import KleinctlError, Problem
 from kleinctl.units import bytes_text, seconds_text
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 REDIRECTS = 10
 TEMPORARY = (408, 425, 429, 500, 502, 503, 504)
 SETTINGS = "https://huggingface.co/settings/tokens"
+#: Variables of programs before huggingface-hub 1.0 that name a company's certificates; a folder will do too.
+OLDER = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
 @dataclass(frozen=True)
@@ -146,9 +150,7 @@ def identity() -> dict[str, str]:
 @contextlib.contextmanager
 def opened(url: str, headers: dict[str, str], patience: Patience, name: str) -> Iterator[Answer]:
     """GET `url`, redirects followed by hand: the token goes to the host it is for, and to no other."""
-    from huggingface_hub.utils import get_session
-
-    client = get_session()
+    client = _client()
     http = sys.modules[type(client).__module__.partition(".")[0]]  # httpx with huggingface-hub 1.x, httpx2 with 2.x
     timeout = http.Timeout(patience.stall, connect=patience.connect)
     at = url
@@ -166,6 +168,47 @@ def opened(url: str, headers: dict[str, str], patience: Patience, name: str) -> 
         raise Failed(_hub_error(host_of(url), "redirects without end", name))
     except http.TransportError as error:
         raise _line_failure(error, at, name, patience) from None
+
+
+def _client() -> Any:
+    """The hub library's own HTTP client, or one like it that trusts whom the user named besides.
+
+    Raises:
+        Failed: the certificates that were named cannot be read.
+    """
+    from huggingface_hub.utils import get_session
+
+    trusted = certificates()
+    return get_session() if trusted is None else _trusting(*trusted)
+
+
+@cache
+def _trusting(source: str, file: str) -> Any:
+    """A client that trusts whom the system trusts, and the certificates in `file`."""
+    context = ssl.create_default_context()  # the system's, on Windows those of its store
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # what Python 3.13 is strict about, companies' certificates lack
+    try:
+        if file:
+            context.load_verify_locations(**{"capath" if os.path.isdir(file) else "cafile": file})  # noqa: PTH112
+    except OSError as error:  # ssl.SSLError is one
+        raise Failed(_no_certificates(source, file, error.strerror or "it holds no certificate")) from None
+    from huggingface_hub.utils import get_session
+
+    return type(get_session())(verify=context, timeout=None)
+
+
+def certificates() -> tuple[str, str] | None:
+    """Whom to trust besides: what says so, and a file or folder of certificates; an empty one means the system's own.
+
+    That is `certificates` below [hub] in config.toml, or the variables of older programs where `SSL_CERT_FILE`, which
+    the hub's library reads, is not set. None: whom that library trusts.
+    """
+    if os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR"):
+        return None
+    found = load_config(config_file()).get("hub", {}).get("certificates")
+    if isinstance(found, str) and found:
+        return f"certificates in {config_file()}", "" if found == "system" else os.path.expanduser(found)  # noqa: PTH111
+    return next(((name, value) for name in OLDER if (value := os.environ.get(name))), None)
 
 
 def _redirected(at: str, location: str, headers: dict[str, str]) -> tuple[dict[str, str], str]:
@@ -336,8 +379,20 @@ def _untrusted(host: str, reason: str) -> Problem:
     return Problem(
         f"{host} does not prove who it is",
         f"A valid certificate is wanted; {reason}. Proxies and virus scanners that read along cause this.",
-        "export SSL_CERT_FILE=/path/to/your-company-ca.pem",
+        "export SSL_CERT_FILE=/path/to/your-company-ca.pem   "
+        f'# or write certificates = "system" below [hub] in {config_file()}',
         name="tls-not-trusted",
+        ref="B13",
+    )
+
+
+def _no_certificates(source: str, file: str, reason: str) -> Problem:
+    return Problem(
+        f"{file} cannot be used",
+        f"{source} names it as a file of certificates; {reason}.",
+        f"correct {source}, or unset it" if source in OLDER else f"correct {source}",
+        name="tls-not-trusted",
+        path=file,
         ref="B13",
     )
 

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -52,12 +53,14 @@ class Seen:
             facts = os.lstat(path)
         except OSError:
             return None
+        if stat.S_ISDIR(facts.st_mode):  # a folder's own change with everything that is made in it
+            return cls(0, 0)
         return cls(facts.st_size, facts.st_mtime_ns)
 
 
 @dataclass(frozen=True)
 class Moved:
-    """A file that went from `source` to `target`, for which the folders `made` were made. `seen`: there afterwards."""
+    """A file or folder that went from `source` to `target`; for it the folders `made` were made. `seen`: afterwards."""
 
     kind: Literal["moved"]
     source: str
@@ -193,10 +196,10 @@ class Packages:
         return f"in {self.python} set back: {former or 'nothing'}"
 
     def do(self, arguments: tuple[str, ...], log: Path, progress: Progress) -> Packages:
-        """Let pip do it."""
+        """Let pip do it: `arguments` begin with `install` or `uninstall`."""
         from kleinctl.fixes.pip import pip, versions
 
-        pip(Path(self.python), ("install", *arguments), log, progress)
+        pip(Path(self.python), arguments, log, progress)
         return replace(self, after=versions(Path(self.python)))
 
     def _touched(self) -> list[str]:
@@ -232,7 +235,227 @@ class Packages:
         set_back(Path(self.python), touched, log_file("undo"), progress)
 
 
-Step = Moved | Put | Packages
+@dataclass(frozen=True)
+class Shared:
+    """A file that became another name of `other`, which has the same bytes; `before` and `after` say how it looked."""
+
+    kind: Literal["shared"]
+    path: str
+    other: str
+    sha256: str
+    before: Seen | None = None
+    after: Seen | None = None
+
+    @property
+    def back(self) -> str:
+        """What undoing it does."""
+        return f"make {self.path} a file of its own again"
+
+    def do(self) -> Shared:
+        """Put the link over the file: at every moment one of them is there."""
+        path = Path(self.path)
+        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with store.writing(path):
+            try:
+                beside.hardlink_to(self.other)
+                beside.replace(path)
+            finally:
+                beside.unlink(missing_ok=True)  # renaming one hard link onto another leaves both
+        return replace(self, after=Seen.of(path))
+
+    def is_back(self) -> bool:
+        """Whether it has not happened, or was undone."""
+        return Seen.of(self.path) == self.before and not _one_file(self.path, self.other)
+
+    def check(self) -> None:
+        """Raise where something else is at the path now."""
+        now = Seen.of(self.path)
+        if now is None or (now not in (self.before, self.after) and not _has_hash(self.path, self.sha256)):
+            raise changed(self.path, _differs(self.after, now))
+
+    def undo(self, progress: Progress = silent) -> None:
+        """Copy the bytes, with the time that the file had."""
+        path = Path(self.path)
+        if self.is_back():
+            return
+        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with store.writing(path):
+            try:
+                shutil.copy2(path, beside)
+                if self.before is not None:
+                    os.utime(beside, ns=(self.before.mtime_ns, self.before.mtime_ns))
+                beside.replace(path)
+            finally:
+                beside.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A folder of kleinctl's own that was made, with all that is in it: an environment, a Python."""
+
+    kind: Literal["made"]
+    folder: str
+
+    @property
+    def back(self) -> str:
+        """What undoing it does."""
+        return f"take {self.folder} away"
+
+    def do(self, make: Callable[[], object]) -> Made:
+        """Make it."""
+        make()
+        return self
+
+    def is_back(self) -> bool:
+        """Whether it has not happened, or was undone."""
+        return not Path(self.folder).exists()
+
+    def check(self) -> None:
+        """It is kleinctl's own: whatever was done to it since goes with it."""
+
+    def undo(self, progress: Progress = silent) -> None:
+        """Take it away."""
+        from kleinctl.environment import discard
+
+        with store.writing(Path(self.folder)):
+            discard(Path(self.folder))
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A variable of the Windows user. None: it is not set."""
+
+    kind: Literal["variable"]
+    name: str
+    before: str | None
+    after: str | None
+
+    @property
+    def back(self) -> str:
+        """What undoing it does."""
+        return f"{f'set {self.name} to {self.before}' if self.before is not None else f'unset {self.name}'} again"
+
+    def do(self) -> Variable:
+        """Set it."""
+        from kleinctl.fixes import windows
+
+        windows.set_variable(self.name, self.after)
+        return self
+
+    def is_back(self) -> bool:
+        """Whether it has not happened, or was undone."""
+        from kleinctl.fixes import windows
+
+        return windows.variable(self.name) == self.before
+
+    def check(self) -> None:
+        """Raise where it was changed since."""
+        from kleinctl.fixes import windows
+
+        now = windows.variable(self.name)
+        if now not in (self.before, self.after):
+            raise changed(self.name, f"Left there was {self.after}; now it is {now}.")
+
+    def undo(self, progress: Progress = silent) -> None:
+        """Set it back."""
+        from kleinctl.fixes import windows
+
+        windows.set_variable(self.name, self.before)
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A git checkout that went forward on its `branch`, from the commit `former` to `commit`."""
+
+    kind: Literal["commit"]
+    checkout: str
+    branch: str
+    former: str
+    commit: str
+
+    @property
+    def back(self) -> str:
+        """What undoing it does."""
+        return f"set {self.checkout} back to commit {self.former[:10]}"
+
+    def do(self, remote: str, ref: str) -> Commit:
+        """Fetch `ref` of `remote` and go forward to `commit`."""
+        from kleinctl.fixes import git
+
+        git.forward(Path(self.checkout), remote, ref, self.commit)
+        return self
+
+    def is_back(self) -> bool:
+        """Whether it has not happened, or was undone."""
+        from kleinctl.fixes import git
+
+        return git.head(Path(self.checkout)) == self.former
+
+    def check(self) -> None:
+        """Raise where somebody moved it on since, or changed its files."""
+        from kleinctl.fixes import git
+
+        if self.is_back():
+            return
+        folder = Path(self.checkout)
+        now, branch = git.head(folder), git.on(folder)
+        if (now, branch) != (self.commit, self.branch):
+            there = f"{now[:10] or 'no commit'} on {branch or 'no branch'}"
+            raise changed(self.checkout, f"Left there was {self.commit[:10]} on {self.branch}; now it is {there}.")
+        if edited := git.changes(folder):
+            raise changed(self.checkout, f"Files of it were edited: {', '.join(edited[:3])}.")
+
+    def undo(self, progress: Progress = silent) -> None:
+        """Set it back."""
+        from kleinctl.fixes import git
+
+        if not self.is_back():
+            git.back(Path(self.checkout), self.former)
+
+
+@dataclass(frozen=True)
+class Cloned:
+    """A git repository that was cloned into `clone`; undoing it moves that to `kept`, with what is in it by then."""
+
+    kind: Literal["cloned"]
+    clone: str
+    kept: str
+
+    @property
+    def back(self) -> str:
+        """What undoing it does."""
+        return f"move {self.clone} out of the way, to {self.kept}"
+
+    def do(self, address: str) -> Cloned:
+        """Clone it."""
+        from kleinctl.fixes import git
+
+        git.clone(address, Path(self.clone))
+        return self
+
+    def is_back(self) -> bool:
+        """Whether it has not happened, or was undone."""
+        return not os.path.lexists(self.clone)
+
+    def check(self) -> None:
+        """Raise where it cannot be undone without losing something."""
+        if not self.is_back() and os.path.lexists(self.kept):
+            raise changed(self.kept, "Nothing was left there; now something is.")
+
+    def undo(self, progress: Progress = silent) -> None:
+        """Move it to quarantine."""
+        clone, kept = Path(self.clone), Path(self.kept)
+        if self.is_back():
+            return
+        store.make_folder(kept.parent)
+        with store.writing(kept):
+            for path in clone.rglob("*") if os.name == "nt" else ():
+                path.chmod(stat.S_IWRITE)  # git marks what it keeps as read-only, which Windows does not move
+            shutil.move(clone, kept)
+
+
+#: `Shared` before `Put`, whose entries have all that a `Put` has.
+Step = Moved | Shared | Put | Packages | Made | Variable | Commit | Cloned
 
 
 def changed(name: str, why: str) -> KleinctlError:
@@ -253,6 +476,13 @@ def _differs(left: Seen | None, now: Seen | None) -> str:
         return "It is gone."
     wanted = f"{left.size} bytes" if left else "the file of this entry"
     return f"Left there were {wanted}; now it has {now.size} bytes or another time."
+
+
+def _one_file(path: str, other: str) -> bool:
+    try:
+        return Path(path).samefile(other)
+    except OSError:
+        return False
 
 
 def _has_hash(path: str, sha256: str) -> bool:

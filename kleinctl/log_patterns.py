@@ -10,8 +10,10 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
+from kleinctl.checks import remedies
 from kleinctl.logs import LogPattern, Sighting
 from kleinctl.problem import Problem, Remedy
 from kleinctl.units import GIB, KIB, MIB, gib
@@ -443,7 +445,14 @@ def _out_of_vram(at: Sighting) -> Problem:
             name="decode-memory",
             ref="D02",
         )
-    return Problem("the card's memory ran out", why, PLAN, name="card-memory-full", ref="D01")
+    return Problem("the card's memory ran out", why, PLAN, name="card-memory-full", ref="D01", remedy=_least_memory(at))
+
+
+def _least_memory(at: Sighting) -> Remedy | None:
+    """`kleinctl run` with the backend that needs least; nothing that would help ComfyUI."""
+    if re.search(r"got prompt|Requested to load |[Cc]omfy", at.match.string):
+        return None
+    return Remedy("set-config", {"table": "run", "key": "backend", "value": "staged-decode"}, "ask")
 
 
 def _last_frames(at: Sighting) -> str:
@@ -482,6 +491,7 @@ def _out_of_ram(at: Sighting) -> Problem:
         PLAN,
         name="memory-full",
         ref="D03",
+        remedy=_least_memory(at),
     )
 
 
@@ -510,6 +520,7 @@ def _silent(at: Sighting) -> Problem | None:
         "files",
         name="silent-exit",
         ref="A09",
+        remedy=_least_memory(at),
     )
 
 
@@ -616,14 +627,18 @@ def _extension(package: str) -> Problem:
 
 
 def _no_build(at: Sighting) -> Problem:
+    from kleinctl.environment import usable
+
     none = "none of any version" if "from versions: none" in at.near(0, 2) else "others, but not this one"
+    python = at.facts.hardware.python if at.facts else None
     return Problem(
         f"pip finds no torch{at['version']} for this Python",
         f"The package index has {none} for this Python and system. klein's packages exist for 64-bit Python 3.10 to "
         "3.13.",
-        "kleinctl install   # finds a fitting Python and build",
+        "kleinctl doctor --fix   # where this Python is the reason; it makes an environment from another",
         name="no-torch-build",
         ref="A05",
+        remedy=Remedy("build-environment", {}, "ask") if python and not usable(python) else None,
     )
 
 
@@ -635,7 +650,18 @@ def _dll(at: Sighting) -> Problem:
         "winget install Microsoft.VCRedist.2015+.x64",
         name="vc-runtime-missing",
         ref="A20",
+        remedy=Remedy("install-vc-runtime", {}, "ask") if _on_windows(at) else None,
     )
+
+
+def _on_windows(at: Sighting) -> bool:
+    return at.facts is not None and at.facts.hardware.platform == "win32"
+
+
+def _unset(at: Sighting, variable: str) -> Remedy | None:
+    """Unset a variable, where it is set on this machine."""
+    there = at.facts is not None and at.facts.system.variables.get(variable)
+    return Remedy("set-variable", {"name": variable, "value": ""}, "ask") if there else None
 
 
 #: Packages whose absence is no failure: they make something faster.
@@ -756,12 +782,14 @@ def _gated(at: Sighting) -> Problem:
         " klein 4B needs no permission; this is another model." if "9b" in name.lower() or "dev" in name.lower() else ""
     )
     page = f"https://huggingface.co/{name}" if repo else "its page on huggingface.co"
+    open_one = "   # or: kleinctl install --model klein-4b" if other else ""
     return Problem(
         f"{name} is gated",
         f"The hub wants a person who accepted its licence, and a token that may read gated repositories.{other}",
-        f"accept the licence at {page}, then: hf auth login",
+        f"accept the licence at {page}, then: hf auth login{open_one}",
         name="gated-repo",
         ref="B01",
+        remedy=Remedy("install-model", {"model": "klein-4b", "layout": "diffusers"}, "ask") if other else None,
     )
 
 
@@ -795,6 +823,9 @@ def _symlinks(at: Sighting) -> Problem:
         name="symlinks-not-allowed",
         severity="warning" if warned else "error",
         ref="B09",
+        remedy=Remedy("set-variable", {"name": "HF_HUB_DISABLE_SYMLINKS", "value": "1"}, "ask")
+        if _on_windows(at)
+        else None,
     )
 
 
@@ -808,6 +839,30 @@ def _hf_transfer(at: Sighting) -> Problem:
         name="hf-transfer-left-over",
         severity="error" if missing else "warning",
         ref="B15",
+        remedy=_unset(at, "HF_HUB_ENABLE_HF_TRANSFER"),
+    )
+
+
+def _unreachable(at: Sighting) -> Problem:
+    return Problem(
+        "the hub cannot be reached, and the files are not here",
+        "There is no connection to it, or HF_HUB_OFFLINE is set, and the cache lacks what is wanted.",
+        "kleinctl doctor   # looks at the network settings and at what is in the cache",
+        name="hub-unreachable",
+        ref="B12",
+        remedy=_unset(at, "HF_HUB_OFFLINE"),
+    )
+
+
+def _not_trusted(at: Sighting) -> Problem:
+    return Problem(
+        "a secure connection is not trusted",
+        "A proxy or virus scanner puts its own certificate in between, and Python does not know it.",
+        "set SSL_CERT_FILE to the certificate of your proxy; kleinctl doctor --fix lets kleinctl trust whom the system "
+        "trusts",
+        name="tls-not-trusted",
+        ref="B13",
+        remedy=Remedy("set-config", {"table": "hub", "key": "certificates", "value": "system"}, "ask"),
     )
 
 
@@ -1305,23 +1360,13 @@ PATTERNS: tuple[LogPattern, ...] = (
         "Windows ends at 260 characters unless long paths are on; a download's name adds about 135.",
         "install into a shorter folder, such as C:\\AI, or turn long paths on (LongPathsEnabled)",
     ),
-    _plain(
+    LogPattern(
         "hub-unreachable",
-        "B12",
         r"LocalEntryNotFoundError|cannot find the requested files in the (?:local|disk) cache"
         r"|outgoing traffic has been disabled",
-        "the hub cannot be reached, and the files are not here",
-        "There is no connection to it, or HF_HUB_OFFLINE is set, and the cache lacks what is wanted.",
-        "kleinctl doctor   # looks at the network settings and at what is in the cache",
+        _unreachable,
     ),
-    _plain(
-        "tls-not-trusted",
-        "B13",
-        r"CERTIFICATE_VERIFY_FAILED",
-        "a secure connection is not trusted",
-        "A proxy or virus scanner puts its own certificate in between, and Python does not know it.",
-        "set SSL_CERT_FILE to the certificate of your proxy, or: python -s -m pip install truststore",
-    ),
+    LogPattern("tls-not-trusted", r"CERTIFICATE_VERIFY_FAILED", _not_trusted),
     _plain(
         "rate-limited",
         "B14",
@@ -1740,3 +1785,19 @@ PATTERNS: tuple[LogPattern, ...] = (
         alone=True,
     ),
 )
+
+
+def _in_comfyui(pattern: LogPattern) -> LogPattern:
+    """The pattern, its problem with what can be done about it in the ComfyUI, where the facts have exactly one."""
+
+    def explain(at: Sighting) -> Problem | None:
+        problem, known = pattern.explain(at), at.facts.comfyuis if at.facts else ()
+        remedy = remedies.of_log(problem.name, known[0]) if problem and len(known) == 1 else None
+        if problem is None or remedy is None or problem.remedy is not None:
+            return problem
+        return replace(problem, path=remedy.arguments["path"], remedy=remedy)
+
+    return replace(pattern, problem=explain)
+
+
+PATTERNS = tuple(map(_in_comfyui, PATTERNS))

@@ -66,17 +66,23 @@ def default_job(model: Model, **changes: Any) -> Job:
     return replace(job, **changes)
 
 
+def precisions(backend: Backend) -> tuple[str, ...]:
+    """The precisions beside the manifest's in which `backend` can hold weights; most have none."""
+    return tuple(getattr(backend, "precisions", ()))
+
+
 def compare(
     offers: Iterable[Offer], model: Model, hardware: Hardware, job: Job, among: Sequence[Environment] | None = None
 ) -> list[Candidate]:
     """A candidate for every backend that has the model's files in its layout, the fastest that runs first.
 
-    Loads nothing and starts nothing. `among` are the environments there are, by default those of this machine.
+    A backend that cannot hold weights in the job's precision is none of them. Loads nothing and starts nothing.
+    `among` are the environments there are, by default those of this machine.
     """
     among = environments.known() if among is None else among
     found = []
     for offer in offers:
-        if model.parts_for(offer.thing.layout):
+        if model.parts_for(offer.thing.layout) and (not job.precision or job.precision in precisions(offer.thing)):
             try:
                 candidate = _candidate(offer.thing, model, hardware, job, among)
             except Exception as error:  # a stranger's arithmetic must not take doctor down

@@ -7,7 +7,7 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kleinctl import __version__
 from kleinctl.backends import Job
@@ -15,9 +15,50 @@ from kleinctl.pngtext import read_text
 from kleinctl.problem import KleinctlError, Misuse, Problem
 from kleinctl.verify import hash_file
 
+if TYPE_CHECKING:
+    from kleinctl.manifest import Model
+
 RECORD_SCHEMA = "kleinctl.record/1"
 #: What a record may ask for: it may come from a stranger.
 MAX_SIDE, MAX_STEPS, MAX_GUIDANCE, MAX_SEED = 2**14, 1000, 100.0, 2**64 - 1
+
+
+def begin(job: Job, model: Model, backend: str, parts: Mapping[str, str]) -> dict[str, Any]:
+    """What is known beforehand of how a picture is made; the worker adds the rest. `parts` are sha256 by id.
+
+    Raises:
+        OSError: a reference picture cannot be read.
+    """
+    return {
+        "schema": RECORD_SCHEMA,
+        "prompt": job.prompt,
+        "seed": job.seed,
+        "width": job.width,
+        "height": job.height,
+        "steps": job.steps,
+        "guidance": job.guidance,
+        "images": [{"name": path.name, "sha256": hash_file(path)} for path in job.images],
+        "model": model.name,
+        "variant": model.variant,
+        "parts": dict(parts),
+        "backend": backend,
+        **({"precision": job.precision} if job.precision else {}),
+    }
+
+
+def is_picture_of(png: Path, begun: Mapping[str, Any]) -> bool:
+    """Whether `png` has a record that goes on from `begun`: the same job, made in the same way.
+
+    Names of reference pictures do not count, for their sha256 say more.
+    """
+    try:
+        record = read_record(png)
+        digests = [each["sha256"] for each in record["images"]]
+    except (KleinctlError, KeyError, TypeError):
+        return False
+    same = all(record.get(key) == value for key, value in begun.items() if key != "images")
+    alike = digests == [each["sha256"] for each in begun["images"]]
+    return same and alike and record.get("precision", "") == begun.get("precision", "")
 
 
 def read_record(png: Path) -> dict[str, Any]:
@@ -65,6 +106,7 @@ def job_from_record(record: Mapping[str, Any], images: Sequence[Path] = ()) -> J
             steps=_checked(record["steps"], int, 1, MAX_STEPS),
             guidance=float(_checked(record["guidance"], (int, float), 0, MAX_GUIDANCE)),
             images=tuple(images),
+            precision=_checked(record.get("precision", ""), str),
         )
         wanted = [(str(each["name"]), str(each["sha256"])) for each in record["images"]]
         if job.width % 16 or job.height % 16:

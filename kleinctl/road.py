@@ -14,7 +14,7 @@ from kleinctl import environment as environments
 from kleinctl import generate, install, memory, store
 from kleinctl.backends import Budget, Job
 from kleinctl.environment import Environment
-from kleinctl.planner import Candidate, choose, compare, default_job
+from kleinctl.planner import Candidate, choose, compare, default_job, precisions
 from kleinctl.problem import KleinctlError, Misuse, Problem, did_you_mean
 from kleinctl.units import bytes_text
 
@@ -53,15 +53,34 @@ def ways(
     """The best way for each model that runs here (or, without `must_fit`, comes nearest), in the order of the models.
 
     Raises:
-        Misuse: there is no such backend.
+        Misuse: there is no such backend, or none has such a precision.
     """
     offers = plugins.backends_for(backend)
+    check_precision(plugins, offers, str(changes.get("precision", "")))
     found = []
     for model in models:
         candidates = compare(offers, model, hardware, default_job(model, **changes))
         best = candidates[:1] if not must_fit else [each for each in candidates[:1] if each.runs]
         found += [Way(model, plugins.backends[each.backend], each) for each in best]
     return found
+
+
+def check_precision(plugins: Plugins, offers: Sequence[Offer], precision: str) -> None:
+    """Whether one of `offers` can hold weights in `precision`; none is asked for where it is empty.
+
+    Raises:
+        Misuse: none can.
+    """
+    if not precision or any(precision in precisions(offer.thing) for offer in offers):
+        return
+    can = {name: precisions(offer.thing) for name, offer in plugins.backends.items()}
+    known = [each for offer in offers for each in precisions(offer.thing)]
+    names = offers[0].thing.name if len(offers) == 1 else "no backend here"
+    has = f"Known here is {', '.join(known)}." if known else "It holds them as the model's files have them."
+    other = next((name for name, own in can.items() if precision in own), None)
+    fix = f"--backend {other}" if other else f"--precision {known[0]}" if known else "leave --precision out"
+    what = f"{names} {'cannot' if len(offers) == 1 else 'can'} hold weights in {precision[:40]!r}"
+    raise Misuse(Problem(what, has + did_you_mean(precision[:40], known), fix, name="precision-unknown"))
 
 
 def no_way(
@@ -142,7 +161,8 @@ def plan_environment(way: Way, where: Place, hardware: Hardware) -> environments
 def budget(where: Place, hardware: Hardware) -> Budget:
     """What the job may use now."""
     vram = memory.usable_vram(hardware.gpu) if where.cuda and hardware.gpu is not None else 0
-    return Budget(vram, hardware.ram_available_bytes, where.device)
+    known = replace(hardware, packages={}, disks={}, remarks=())  # what a plan goes by
+    return Budget(vram, hardware.ram_available_bytes, where.device, known)
 
 
 def check_prompt(prompt: str) -> str:
@@ -163,6 +183,13 @@ def check_prompt(prompt: str) -> str:
     )
 
 
+def digests(way: Way) -> dict[str, str]:
+    """The sha256 of the model's installed parts by id; `unknown` for what has not been hashed since it came."""
+    layout, stamps = way.backend.layout, store.Stamps()
+    targets = {part: store.destination(way.model.name, layout, part) for part in way.model.parts_for(layout)}
+    return {part.id: stamps.sha256(target) or "unknown" for part, target in targets.items()}
+
+
 def pictures(
     way: Way,
     environment: Environment,
@@ -172,28 +199,33 @@ def pictures(
     outputs: Sequence[Path],
     on_event: generate.OnEvent,
     executor: Any = None,
+    origins: Sequence[str] = (),
 ) -> generate.Result:
-    """Make the pictures of `jobs` in a worker; see `generate.run`.
+    """Make the pictures of `jobs` in a worker; see `generate.run`, and `generate.Request` for `origins`.
 
     Raises:
         KleinctlError: something cannot work, or failed.
     """
-    layout, stamps = way.backend.layout, store.Stamps()
-    targets = {part: store.destination(way.model.name, layout, part) for part in way.model.parts_for(layout)}
-    parts = {part.id: stamps.sha256(target) or "unknown" for part, target in targets.items()}
-    request = generate.Request(
+    asked = replace(
+        request(way, environment, where, hardware), jobs=tuple(jobs), outputs=tuple(outputs), origins=tuple(origins)
+    )
+    return generate.run(asked, on_event, executor)
+
+
+def request(way: Way, environment: Environment, where: Place, hardware: Hardware) -> generate.Request:
+    """How pictures are made with `way`, without any yet."""
+    return generate.Request(
         model=way.model,
-        folder=store.model_folder(way.model.name, layout),
+        folder=store.model_folder(way.model.name, way.backend.layout),
         backend=way.backend.name,
         plugin=way.offer.module,
         python=environment.python,
         budget=budget(where, hardware),
-        jobs=tuple(jobs),
-        outputs=tuple(outputs),
-        parts=parts,
+        jobs=(),
+        outputs=(),
+        parts=digests(way),
         gpu=hardware.gpu.cuda_id if where.cuda and hardware.gpu is not None else None,
     )
-    return generate.run(request, on_event, executor)
 
 
 def executor(plugins: Plugins, name: str | None) -> Any:

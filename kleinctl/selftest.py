@@ -35,6 +35,7 @@ DOCUMENTS: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...] = (
     (("explain", "wrong-vae"), (0,)),
     (("install", "--model", "klein-tiny", "--dry-run"), (0, 1)),
     (("run", ""), (2,)),
+    (("serve", "--status"), (0,)),
     (("models", "--no-such-option"), (2,)),
 )
 #: How a command that was typed wrongly, and one that finds a problem, have to end.

@@ -7,6 +7,10 @@ import re
 from kleinctl.problem import Misuse, Problem
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
+#: The model works on squares of so many pixels a side; each is one token.
+SQUARE = 16
+#: The longest side of five digits, which is refused for what it is.
+LONGEST = 99_999 // SQUARE * SQUARE
 _FACTORS = {
     "": 1,
     "b": 1,
@@ -86,3 +90,21 @@ def parse_size(text: str) -> tuple[int, int]:
             )
         )
     return width, height
+
+
+def nearest_size(text: str) -> str:
+    """A picture size as it is typed (`1000x700`), with each side at the nearest multiple of 16 that can be drawn."""
+
+    def nearest(side: re.Match[str]) -> str:
+        pixels = int(side[0])
+        return str(min(max(SQUARE, round(pixels / SQUARE) * SQUARE), LONGEST) if pixels else 0)
+
+    if not re.fullmatch(r"\d{1,5}(\D\d{1,5})?", text.strip()):
+        return text  # what reads it says what is wrong, in the user's own words
+    return re.sub(r"\d{1,5}", nearest, text)
+
+
+def asked_size(text: str) -> tuple[int, int]:
+    """Width and height in a size that has been read without complaint, as they were typed."""
+    sides = re.findall(r"\d+", text)
+    return int(sides[0]), int(sides[-1])

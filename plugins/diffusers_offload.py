@@ -6,7 +6,7 @@ from typing import Any
 
 from kleinctl_plugins.pipeline import REQUIRES, generator, open_references
 
-from kleinctl import Budget, Environment, Fit, Hardware, InstalledModel, Job, Model, Problem, hookimpl, memory
+from kleinctl import Budget, Environment, Fit, Hardware, InstalledModel, Job, Model, Problem, Stage, hookimpl, memory
 
 kleinctl_api = 1
 
@@ -32,31 +32,24 @@ class DiffusersOffload:
 
     def fit(self, model: Model, hardware: Hardware, job: Job) -> Fit:
         """The largest component with its activations is the peak; every picture moves all weights in and out."""
-        shape, weights = model.shape, memory.weight_bytes(model)
         on_card = hardware.gpu is not None and "cuda" in model.devices
-        stages = (
-            shape.text_encoder_bytes + memory.encode_bytes(model),
-            shape.transformer_bytes + memory.denoise_bytes(model, job),
-            shape.vae_bytes + memory.decode_bytes(model, job),
-        )
-        compute = memory.compute_seconds(model, hardware, job)
-        moving = 2 * weights / OFFLOAD_RATE if on_card else 0.0
-        ram = (
-            weights
-            + memory.PROCESS_BYTES
-            + (0 if on_card else max(memory.denoise_bytes(model, job), memory.decode_bytes(model, job)))
-        )
-        vram = max(stages) + memory.CONTEXT_BYTES if on_card else 0
+        stages, weights = _stages(model, hardware, job, on_card=on_card), memory.weight_bytes(model)
+        working = 0 if on_card else max(memory.denoise_bytes(model, job), memory.decode_bytes(model, job))
+        ram = weights + memory.PROCESS_BYTES + working
+        vram = max(stage.vram_bytes for stage in stages)
         why_not = memory.lacking(model, hardware, vram_bytes=vram, ram_bytes=ram)
+        following = sum(stage.seconds for stage in stages)
+        loading = memory.start_seconds(hardware) + memory.read_seconds(weights, hardware, warm=False)
         return Fit(
             vram_bytes=vram,
             ram_bytes=ram,
             disk_bytes=model.bytes(self.layout),
-            seconds_first=memory.IMPORT_SECONDS + memory.read_seconds(weights, hardware, warm=False) + moving + compute,
-            seconds_next=moving + compute,
+            seconds_first=loading + following,
+            seconds_next=following,
             fits=why_not is None,
             strategy="offload" if on_card else "cpu",
             why_not=why_not,
+            stages=stages,
         )
 
     def load(self, model: InstalledModel, budget: Budget) -> Session:
@@ -69,6 +62,34 @@ class DiffusersOffload:
             pipe.enable_model_cpu_offload(device=budget.device)
         pipe.set_progress_bar_config(disable=True)
         return Session(pipe, model.manifest, budget.device)
+
+
+def _stages(model: Model, hardware: Hardware, job: Job, *, on_card: bool) -> tuple[Stage, ...]:
+    """Each component alone on the card, moved there before its stage and back after it. All layers of the text encoder
+    are run; writing the picture counts as decoding."""
+    shape, rates = model.shape, memory.rates_of(model, hardware)
+    encode, forward, decode = memory.stage_seconds(model, hardware, job)
+    encode *= shape.text_layers / shape.text_layers_read
+    byte = 0.0  # seconds of moving one, both ways
+    if on_card:
+        byte = 1 / rates.pageable + 1 / rates.back if rates.pageable and rates.back else 2 / OFFLOAD_RATE
+
+    def stage(name: str, weights: int, activations: int, seconds: float) -> Stage:
+        if not on_card:
+            return Stage(name, 0, 0, seconds)
+        return Stage(name, weights + activations + memory.CONTEXT_BYTES, weights, seconds + weights * byte)
+
+    decode += memory.save_seconds(hardware, job)
+    return (
+        stage("encode", shape.text_encoder_bytes, memory.encode_bytes(model), encode),
+        stage(
+            "denoise",
+            shape.transformer_bytes,
+            memory.denoise_bytes(model, job),
+            forward * memory.forwards(model, job),
+        ),
+        stage("decode", shape.vae_bytes, memory.decode_bytes(model, job), decode),
+    )
 
 
 class Session:

@@ -14,14 +14,22 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from kleinctl import Hardware, Job, Model, memory
+from kleinctl_plugins.fp8 import SCALE_BYTES
+from kleinctl_plugins.layout import ITEM_BYTES
 
-#: What a smaller plan may take of one that did not fit.
-STEP = 0.95
+from kleinctl import Hardware, Job, Model, Stage, memory
+
+#: What a smaller plan may take of one that did not fit, and how much longer one may take that is nearly as fast.
+STEP, NEARLY = 0.95, 1.05
 #: Slots of the ring through which blocks stream.
 SLOTS = 2
 #: Pinned host memory of the readers, in bytes: four of them, two slots of 32 MiB each.
 READER_BYTES = 4 * 2 * 32 * 2**20
+#: Of copies from memory that is not pinned: their rate, of that from pinned memory (12.9-18.4 of 22.5-23.9 GB/s on an
+#: RTX 4090, NVlabs/cuda-oxide#976).
+PAGEABLE_SHARE = 0.6
+#: What WSL lets a process pin (0.75 to 1.0 GiB measured, FreeToken#233).
+WSL_PIN_BYTES = 768 * 2**20
 #: How a component can be held on a card, and on a processor, where streaming gains nothing.
 WAYS, CPU_WAYS = ("resident", "streamed", "staged"), ("resident", "staged")
 
@@ -38,60 +46,90 @@ class Held:
 
 @dataclass(frozen=True)
 class Holding:
-    """A plan. Stages in bytes of VRAM with the CUDA context, `host_bytes` pinned, `seconds` for one more picture."""
+    """A plan: its stages with their peaks and seconds, and `host_bytes` of host memory that weights wait in.
+
+    With `tiles` the picture is decoded in tiles, and differs a little from a whole decode.
+    """
 
     encoder: Held
     transformer: Held
-    encode_bytes: int
-    denoise_bytes: int
-    decode_bytes: int
+    stages: tuple[Stage, ...]
     host_bytes: int
-    seconds: float
+    tiles: bool = False
 
     @property
     def vram_bytes(self) -> int:
-        """The largest stage."""
-        return max(self.encode_bytes, self.denoise_bytes, self.decode_bytes)
+        """The largest stage, with the CUDA context."""
+        return max(stage.vram_bytes for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        """One more picture, until it is on the disk."""
+        return sum(stage.seconds for stage in self.stages)
 
     @property
     def strategy(self) -> str:
         """How the weights are held, in a few words."""
-        if self.encoder.way == self.transformer.way:
-            return self.transformer.way
-        return f"transformer {self.transformer.way}, encoder {self.encoder.way}"
+        ways = f"transformer {self.transformer.way}, encoder {self.encoder.way}"
+        ways = self.transformer.way if self.encoder.way == self.transformer.way else ways
+        return f"{ways}, tiled decode" if self.tiles else ways
 
 
 @dataclass(frozen=True)
 class Task:
-    """A model and a job with what a plan goes by: seconds of each stage with every weight in place, rates in bytes a
-    second (from pinned memory to the device; from a file in the page cache to it), and bytes on the device besides
-    weights."""
+    """A model and a job with what a plan goes by: seconds of each stage with every weight in place and of writing the
+    picture, rates in bytes a second (from pinned and from pageable memory to the device; from a file in the page cache
+    to it), bytes on the device besides weights, and how many bytes can be pinned (None: no limit is known)."""
 
     model: Model
     job: Job
     encode_seconds: float
     forward_seconds: float
     decode_seconds: float
+    save_seconds: float
     copy_rate: float
+    pageable_rate: float
     read_rate: float
     base_bytes: int
+    pin_bytes: int | None = None
 
     @classmethod
     def of(cls, model: Model, hardware: Hardware, job: Job) -> Task:
         """The task on a machine."""
         on_card = hardware.gpu is not None and "cuda" in model.devices
-        copy = memory.copy_rate(hardware.gpu if on_card else None)
+        rates = memory.rates_of(model, hardware)
+        copy = memory.copy_rate(hardware.gpu if on_card else None, rates)
         context = memory.CONTEXT_BYTES if on_card else 0
-        read = min(memory.CACHED_READ_RATE, copy)
-        return cls(model, job, *memory.stage_seconds(model, hardware, job), copy, read, context + model.shape.vae_bytes)
+        return cls(
+            model,
+            job,
+            *memory.stage_seconds(model, hardware, job),
+            memory.save_seconds(hardware, job),
+            copy,
+            rates.pageable or copy * PAGEABLE_SHARE,
+            min(memory.cached_rate(rates), copy),
+            context + model.shape.vae_bytes,
+            WSL_PIN_BYTES if hardware.wsl else None,
+        )
+
+    def rate(self, host: int) -> float:
+        """Bytes a second to the device from `host` bytes of host memory, of which some may not be pinned."""
+        pinned = 1.0 if self.pin_bytes is None or host <= self.pin_bytes else self.pin_bytes / host
+        return 1 / (pinned / self.copy_rate + (1 - pinned) / self.pageable_rate)
 
 
-def encoder_units(model: Model) -> dict[str, int]:
+def encoder_units(model: Model, precision: str = "") -> dict[str, int]:
     """The layers of the text encoder whose states are read, with their bytes; its embedding stays on the host."""
-    return {f"layers.{n}": model.shape.text_layer_bytes for n in range(model.shape.text_layers_read)}
+    each = _packed(model, model.shape.text_layer_bytes, model.shape.text_hidden, precision)
+    return {f"layers.{n}": each for n in range(model.shape.text_layers_read)}
 
 
-def transformer_units(model: Model) -> dict[str, int]:
+def _packed(model: Model, count: int, width: int, precision: str) -> int:
+    """Bytes of a block whose weights take `count` when they are computed with: fp8 has a byte a weight, 4 a row."""
+    return count if not precision else int(count * (1 + SCALE_BYTES / width) / ITEM_BYTES[model.dtype])
+
+
+def transformer_units(model: Model, precision: str = "") -> dict[str, int]:
     """The transformer's blocks with their bytes, in the order of use; "" is what belongs to no block.
 
     A single block has 13 h² weights (linear1 9 h², linear2 4 h²) and two norms, a double block twice that.
@@ -99,20 +137,30 @@ def transformer_units(model: Model) -> dict[str, int]:
     shape = model.shape
     each = shape.transformer_bytes / shape.transformer_parameters
     single = round(each * (13 * memory.transformer_width(model) ** 2 + 2 * shape.head_dim))
+    rest = shape.transformer_bytes - (2 * shape.double_blocks + shape.single_blocks) * single
+    single = _packed(model, single, memory.transformer_width(model), precision)
     units = {f"transformer_blocks.{n}": 2 * single for n in range(shape.double_blocks)}
     units |= {f"single_transformer_blocks.{n}": single for n in range(shape.single_blocks)}
-    return {"": shape.transformer_bytes - sum(units.values()), **units}
+    return {"": rest, **units}
 
 
 def fastest(task: Task, room: int, host: int, ways: Iterable[str] = WAYS) -> Holding | None:
-    """The fastest way to hold the weights in `room` bytes on the device and `host` pinned; None if there is none."""
-    fitting = (each for each in _plans(task, room, tuple(ways)) if each.vram_bytes <= room and each.host_bytes <= host)
-    return min(fitting, key=lambda each: (round(each.seconds, 2), _moving(each), each.vram_bytes), default=None)
+    """The fastest way to hold the weights in `room` bytes on the device and `host` pinned; None if there is none.
+
+    The picture is decoded in tiles only where nothing else fits.
+    """
+    for tiles in (False, True):
+        plans = _plans(task, room, tuple(ways), tiles)
+        fitting = [each for each in plans if each.vram_bytes <= room and each.host_bytes <= host]
+        if fitting:
+            enough = min(each.seconds for each in fitting) * NEARLY
+            return min((each for each in fitting if each.seconds <= enough), key=_moving)
+    return None
 
 
 def smallest(task: Task, host: int, ways: Iterable[str] = WAYS) -> Holding:
     """The way that takes the least of the device; of the host at most `host` bytes where that is possible."""
-    found = list(_plans(task, 0, tuple(ways)))
+    found = list(_plans(task, 0, tuple(ways), tiles=True))
     within = [each for each in found if each.host_bytes <= host]
     return min(within or found, key=lambda each: (each.vram_bytes, each.host_bytes))
 
@@ -131,31 +179,39 @@ def smaller(task: Task, than: Holding, host: int, ways: Iterable[str] = WAYS) ->
     return found if found.vram_bytes < than.vram_bytes else None
 
 
-def _moving(plan: Holding) -> tuple[int, int]:
-    """Of equally fast plans, one whose weights stay is better, then one that pins less."""
-    return sum(held.way != "resident" for held in (plan.encoder, plan.transformer)), plan.host_bytes
+def _moving(plan: Holding) -> tuple[int, float, int]:
+    """Of plans that are nearly as fast, one whose weights stay is better, then the fastest, then one that pins less."""
+    moving = sum(held.way != "resident" for held in (plan.encoder, plan.transformer))
+    return moving, round(plan.seconds, 2), plan.host_bytes
 
 
-def _plans(task: Task, room: int, ways: tuple[str, ...]) -> Iterator[Holding]:
+def _plans(task: Task, room: int, ways: tuple[str, ...], tiles: bool) -> Iterator[Holding]:
     """One plan for each combination of ways, with as much on the device as `room` takes."""
+    if tiles and memory.tiled_decode_bytes(task.model, task.job) >= memory.decode_bytes(task.model, task.job):
+        tiles = False  # a picture that is hardly larger than a tile
     for encoder_way, transformer_way in itertools.product(ways, ways):
-        yield _plan(task, room - task.base_bytes, encoder_way, transformer_way)
+        yield _plan(task, room - task.base_bytes, encoder_way, transformer_way, tiles)
 
 
-def _plan(task: Task, room: int, encoder_way: str, transformer_way: str) -> Holding:
+def _plan(task: Task, room: int, encoder_way: str, transformer_way: str, tiles: bool) -> Holding:
     model, job = task.model, task.job
-    encoder, transformer = encoder_units(model), transformer_units(model)
+    encoder, transformer = encoder_units(model, job.precision), transformer_units(model, job.precision)
     blocks = {name: size for name, size in transformer.items() if name}
-    denoising, decoding = memory.denoise_bytes(model, job), memory.decode_bytes(model, job)
+    encoding, denoising = memory.encode_bytes(model), memory.denoise_bytes(model, job)
+    decoding = (memory.tiled_decode_bytes if tiles else memory.decode_bytes)(model, job)
+    decoding = max(decoding, memory.reference_bytes(model, job))  # with the same weights on the card
     encoder_all, rest = sum(encoder.values()), transformer[""]
     beside = encoder_all if encoder_way == "resident" else 0  # of the encoder, while the transformer computes
     coming = SLOTS * max(encoder.values()) if encoder_way == "streamed" else encoder_all
     ring = SLOTS * max(blocks.values()) if transformer_way == "streamed" else 0
+    if job.precision:  # what a block is expanded into
+        coming += max(encoder_units(model).values())
+        ring += max(size for name, size in transformer_units(model).items() if name)
 
     resident = list(transformer)
     if transformer_way == "streamed":
         resident = ["", *_spread(blocks, room - denoising - rest - ring - beside)]
-    elsewhere = min(room - memory.encode_bytes(model) - coming, room - decoding)  # for the transformer, in other stages
+    elsewhere = min(room - encoding - coming, room - decoding)  # for the transformer, in other stages
     kept = [] if transformer_way == "staged" or rest > elsewhere else _kept(transformer, resident, elsewhere)
     encoder_kept: list[str] = []
     if encoder_way == "resident":
@@ -163,24 +219,33 @@ def _plan(task: Task, room: int, encoder_way: str, transformer_way: str) -> Hold
     encoder_host = [name for name in encoder if name not in encoder_kept] if encoder_way != "staged" else []
     transformer_host = [name for name in transformer if name not in kept] if transformer_way != "staged" else []
 
+    host = _size(encoder, encoder_host) + _size(transformer, transformer_host)
+    rate = task.rate(host)
+    encode = max(task.encode_seconds, encoder_all / rate if encoder_way == "streamed" else 0)
+    encode += encoder_all / task.read_rate if encoder_way == "staged" else 0
+    encode += (encoder_all - _size(encoder, encoder_kept)) / rate if encoder_way == "resident" else 0
     streamed = sum(blocks.values()) - _size(blocks, [name for name in resident if name])
-    forwards = memory.forwards(model, job)
-    seconds = max(task.encode_seconds, encoder_all / task.copy_rate if encoder_way == "streamed" else 0)
-    seconds += forwards * max(task.forward_seconds, streamed / task.copy_rate) + task.decode_seconds
-    seconds += (encoder_all if encoder_way == "staged" else 0) / task.read_rate
-    seconds += (sum(transformer.values()) if transformer_way == "staged" else 0) / task.read_rate
-    again = _size(transformer, resident) - _size(transformer, kept) if transformer_way != "staged" else 0
-    again += encoder_all - _size(encoder, encoder_kept) if encoder_way == "resident" else 0
+    denoise = memory.forwards(model, job) * max(task.forward_seconds, streamed / rate)
+    denoise += (_size(transformer, resident) - _size(transformer, kept)) / (
+        task.read_rate if transformer_way == "staged" else rate
+    )
+    held = _size(transformer, kept)
+
+    def stage(name: str, weights: int, activations: int, seconds: float) -> Stage:
+        return Stage(name, task.base_bytes + weights + activations, weights + model.shape.vae_bytes, seconds)
+
     return Holding(
         Held(
             encoder_way, () if encoder_way == "streamed" else tuple(encoder), tuple(encoder_kept), tuple(encoder_host)
         ),
         Held(transformer_way, tuple(resident), tuple(kept), tuple(transformer_host)),
-        encode_bytes=task.base_bytes + coming + _size(transformer, kept) + memory.encode_bytes(model),
-        denoise_bytes=task.base_bytes + _size(transformer, resident) + ring + beside + denoising,
-        decode_bytes=task.base_bytes + _size(transformer, kept) + _size(encoder, encoder_kept) + decoding,
-        host_bytes=_size(encoder, encoder_host) + _size(transformer, transformer_host) + READER_BYTES,
-        seconds=seconds + again / task.copy_rate,
+        (
+            stage("encode", coming + held, encoding, encode),
+            stage("denoise", _size(transformer, resident) + ring + beside, denoising, denoise),
+            stage("decode", held + _size(encoder, encoder_kept), decoding, task.decode_seconds + task.save_seconds),
+        ),
+        host + READER_BYTES,
+        tiles,
     )
 
 

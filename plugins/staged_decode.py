@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kleinctl_plugins import holding
+from kleinctl_plugins.embeddings import Embeddings
 from kleinctl_plugins.holding import CPU_WAYS, WAYS, Holding, Task
+from kleinctl_plugins.layout import EarlyReader, Layout, layouts
 from kleinctl_plugins.pipeline import REQUIRES, generator, open_references
 from kleinctl_plugins.weights import Component, Embedding, Reader
 
@@ -20,8 +25,6 @@ kleinctl_api = 1
 TILE, OVERLAP = 512, 128
 #: On a processor there is one memory for both.
 UNBOUNDED = 2**63
-#: Prompts whose embeddings are remembered while the session lasts (7.9 MB each).
-REMEMBERED = 16
 
 
 @hookimpl
@@ -33,13 +36,18 @@ class StagedDecode:
     """Encode, denoise, decode, with weights resident, streamed or staged, whichever is fastest in the budget.
 
     Weights are read-only: they are dropped, never copied back. The text encoder is cut to the layers whose states are
-    read (27 of 36), and its embedding stays on the host; the same bits come out.
+    read (27 of 36), and its embedding stays on the host; the same bits come out. Who asks for the precision `fp8` has
+    weights held in half the room, and other bits.
     """
 
     name = "staged-decode"
     aliases = ("staged",)
     requires = REQUIRES
     layout = "diffusers"
+    precisions = ("fp8",)
+
+    def __init__(self) -> None:
+        self._early: EarlyReader | None = None
 
     def health(self, hardware: Hardware, environment: Environment | None) -> Problem | None:
         return None
@@ -68,16 +76,41 @@ class StagedDecode:
             fits=why_not is None,
             strategy=plan.strategy,
             why_not=why_not,
+            stages=plan.stages,
         )
 
+    def prefetch(self, model: InstalledModel, budget: Budget, job: Job) -> None:
+        """Begin to read what the plan for `job` holds on the host, and let the system read the rest ahead."""
+        if budget.device == "cpu" or budget.hardware is None:
+            return
+        host = max(0, budget.ram_bytes - memory.PROCESS_BYTES)
+        plan = holding.best(Task.of(model.manifest, budget.hardware, job), budget.vram_bytes, host)
+        self._early = EarlyReader()
+        ahead = host - plan.host_bytes
+        for name, held in (("text_encoder", plan.encoder), ("transformer", plan.transformer)):
+            every = _layouts(model, name)
+            now = [] if job.precision else [every[unit] for unit in held.host]
+            self._early.read(name, now)
+            later = [each for each in every.values() if each not in now]
+            ahead -= sum(each.bytes for each in later)
+            if ahead > 0:
+                self._early.expect(later)
+
     def load(self, model: InstalledModel, budget: Budget) -> Session:
-        return Session(model, budget)
+        early, self._early = self._early, None
+        return Session(model, budget, early=early)
 
 
 class Session:
     """Components whose weights come and go as a plan says; the plan follows the job, and what is free."""
 
-    def __init__(self, model: InstalledModel, budget: Budget, ways: tuple[str, ...] | None = None) -> None:
+    def __init__(
+        self,
+        model: InstalledModel,
+        budget: Budget,
+        ways: tuple[str, ...] | None = None,
+        early: EarlyReader | None = None,
+    ) -> None:
         import torch
         from diffusers import AutoencoderKLFlux2
         from transformers import AutoTokenizer
@@ -88,11 +121,13 @@ class Session:
         self.strategy = "staged"
         self.warnings: list[str] = []
         self.tiling: tuple[int, int] | None = None
+        self._said_pinning = False
         self._dtype = getattr(torch, model.manifest.dtype)
         self._room = budget.vram_bytes if self.on_card else budget.ram_bytes
         self._host = max(0, budget.ram_bytes - memory.PROCESS_BYTES) if self.on_card else UNBOUNDED
-        self._hardware = _hardware(budget)
-        self._remembered: dict[tuple[str, bool], tuple[Any, ...]] = {}
+        self._hardware = budget.hardware or _hardware(budget)
+        self._embeddings = Embeddings(model, budget.device)
+        self._denoised: dict[Job, Any] = {}
         self.tokenizer = AutoTokenizer.from_pretrained(model.folder / "tokenizer", local_files_only=True)
         self.reader = Reader(budget.device)
         self.vae = AutoencoderKLFlux2.from_pretrained(
@@ -103,6 +138,8 @@ class Session:
             local_files_only=True,
         )
         self.encoder, self.transformer = self._encoder(), self._transformer()
+        if early is not None:
+            self.reader.take(early, {"text_encoder": self.encoder, "transformer": self.transformer})
         self.pipe = self._pipeline()
 
     # Components
@@ -114,8 +151,7 @@ class Session:
         folder = self.model.folder / "transformer"
         with init_empty_weights(include_buffers=False):
             module = Flux2Transformer2DModel.from_config(Flux2Transformer2DModel.load_config(folder))
-        names = [name for name in holding.transformer_units(self.model.manifest) if name]
-        return Component(module.eval(), _weights(folder), names, self.budget.device, self._dtype)
+        return Component(module.eval(), _layouts(self.model, "transformer"), self.budget.device, self._dtype)
 
     def _encoder(self) -> Component:
         """The text encoder without the layers whose states nobody reads, and with its embedding on the host.
@@ -139,8 +175,7 @@ class Session:
         for part in module.modules():
             for name, buffer in part._buffers.items():
                 part._buffers[name] = buffer if buffer is None else buffer.to(self.budget.device)
-        names = list(holding.encoder_units(self.model.manifest))
-        return Component(module.eval(), _weights(folder), names, self.budget.device, self._dtype, prefix="model.")
+        return Component(module.eval(), _layouts(self.model, "text_encoder"), self.budget.device, self._dtype)
 
     def _pipeline(self) -> Any:
         from diffusers import Flux2KleinPipeline
@@ -161,29 +196,82 @@ class Session:
     def generate(self, job: Job, progress: Any) -> Any:
         import torch
 
-        references = open_references(job.images)
         self.tiling, self.warnings = None, []
         plan = self._plan(job)
         with torch.no_grad():
-            embeds, plan = self._staged(lambda plan: self._encode(plan, job, progress), plan, job)
-            latents, plan = self._staged(lambda plan: self._denoise(plan, job, embeds, references, progress), plan, job)
+            latents = self._denoised.pop(job, None)
+            if latents is None:
+                latents, plan = self._latents(job, plan, progress)
             picture, plan = self._staged(lambda plan: self._decode(plan, latents, progress), plan, job)
             self._come_back(plan)
         self.strategy = plan.strategy
+        self._say_pinning()
         return picture
+
+    def prepare(self, jobs: Sequence[Job], progress: Any) -> None:
+        """Encode the prompts of all jobs; where the transformer cannot stay for their decodes, denoise them all too."""
+        import torch
+
+        self._denoised.clear()
+        with torch.no_grad():
+            for number, job in enumerate(jobs):
+                self._staged(partial(self._encode, job=job, progress=_silent), self._plan(job), job)
+                progress("encode", number + 1, len(jobs))
+            staged = [job for job in jobs if self._plan(job).transformer.way == "staged"]
+            for number, job in enumerate(staged):
+                self._denoised[job] = self._latents(job, self._plan(job), _silent)[0]
+                progress("denoise", number + 1, len(staged))
+
+    def _latents(self, job: Job, plan: Holding, progress: Any) -> tuple[Any, Holding]:
+        references = open_references(job.images)
+        embeds, plan = self._staged(lambda plan: self._encode(plan, job, progress), plan, job)
+        return self._staged(lambda plan: self._denoise(plan, job, embeds, references, progress), plan, job)
 
     def _come_back(self, plan: Holding) -> None:
         """Bring back what was dropped for the decode, while the picture is written to its file."""
-        self._release()
-        self.transformer.hold(plan.transformer.kept, plan.transformer.host, self.reader)
+        self._hold(plan, self.transformer, plan.transformer.kept)
         if plan.encoder.way == "resident":
-            self.encoder.hold(plan.encoder.resident, plan.encoder.host, self.reader)
+            self._hold(plan, self.encoder, plan.encoder.resident)
+
+    def _hold(self, plan: Holding, component: Component, resident: Sequence[str]) -> None:
+        """Hold `resident` on the device and what the plan says on the host, within the RAM of the budget."""
+        both = ((self.encoder, plan.encoder), (self.transformer, plan.transformer))
+        host = next(held.host for each, held in both if each is component)
+        coming = sum(unit.bytes for name, unit in component.units.items() if name in host and unit.host is None)
+        if self.encoder.host_bytes + self.transformer.host_bytes + coming > self._host:
+            for each, held in both:
+                each.forget([name for name in each.units if name not in held.host], self.reader)
+        component.hold(resident, host, self.reader)
+
+    def _room_now(self) -> int:
+        """What the budget allows, less what other programs have taken of the card since."""
+        if not self.on_card:
+            return self._room
+        import torch
+
+        free = torch.cuda.mem_get_info(self.budget.device)[0]
+        return min(self._room, free + torch.cuda.memory_reserved(self.budget.device) + memory.CONTEXT_BYTES)
 
     def _plan(self, job: Job) -> Holding:
-        return holding.best(self._task(job), self._room, self._host, self.ways)
+        for component in (self.encoder, self.transformer):
+            component.pack(bool(job.precision), self.reader)
+        room = self._room_now()
+        if room < self._room * holding.STEP:
+            figures = f"{room / 2**30:.1f}", f"{self._room / 2**30:.1f} GiB"
+            self.warnings.append("other programs have taken VRAM: {} of {} are left to plan with".format(*figures))
+        return holding.best(self._task(job), room, self._host, self.ways)
 
     def _task(self, job: Job) -> Task:
-        return Task.of(self.model.manifest, self._hardware, job)
+        task = Task.of(self.model.manifest, self._hardware, job)
+        limit = self.reader.pin_limit
+        return task if limit is None else replace(task, pin_bytes=limit)
+
+    def _say_pinning(self) -> None:
+        """Say once that the system pins less than was wanted."""
+        if self.reader.pin_limit is not None and not self._said_pinning:
+            self._said_pinning = True
+            pinned = f"{self.reader.pin_limit / 2**30:.1f} GiB"
+            self.warnings.append(f"the system lets {pinned} of memory be pinned, so that weights stream more slowly")
 
     def _staged(self, stage: Callable[[Holding], Any], plan: Holding, job: Job) -> tuple[Any, Holding]:
         """A stage's result, and the plan it was made by: a smaller one where the card's memory ran out meanwhile.
@@ -214,41 +302,49 @@ class Session:
     def _encode(self, plan: Holding, job: Job, progress: Any) -> tuple[Any, ...]:
         """Embeddings of the prompt, and of the empty prompt where guidance needs it: (1, 512, 3 x width) each."""
         guided = job.guidance > 1 and not self.pipe.config.is_distilled
-        key = (job.prompt, guided)
-        if key in self._remembered:
-            progress("encode", 1, 1)
-            return tuple(each if each is None else each.to(self.budget.device) for each in self._remembered[key])
+        prompts = [job.prompt, ""] if guided else [job.prompt]
+        new = [prompt for prompt in dict.fromkeys(prompts) if self._embeddings.get(prompt, job.precision) is None]
+        if new:
+            self._encode_new(plan, new, job.precision, progress)
+        progress("encode", 1, 1)
+        found = [self._embeddings.get(prompt, job.precision).to(self.budget.device) for prompt in prompts]
+        return found[0], found[1] if guided else None
+
+    def _encode_new(self, plan: Holding, prompts: Sequence[str], precision: str, progress: Any) -> None:
         progress("load", 0, 1)
-        self.transformer.hold(plan.transformer.kept, plan.transformer.host, self.reader)
-        self.encoder.hold(plan.encoder.resident, plan.encoder.host, self.reader)
+        self._hold(plan, self.transformer, plan.transformer.kept)
+        self._hold(plan, self.encoder, plan.encoder.resident)
         progress("encode", 0, 1)
         limit = self.model.manifest.defaults.max_prompt_tokens
-
-        def encode(prompt: str) -> Any:
-            return self.pipe.encode_prompt(prompt=prompt, device=self.budget.device, max_sequence_length=limit)[0]
-
         with self.encoder.streaming(holding.SLOTS):
-            result = encode(job.prompt), encode("") if guided else None
-        self._remembered[key] = tuple(each if each is None else each.cpu() for each in result)
-        while len(self._remembered) > REMEMBERED:
-            del self._remembered[next(iter(self._remembered))]
-        progress("encode", 1, 1)
-        return result
+            for prompt in prompts:
+                made = self.pipe.encode_prompt(prompt=prompt, device=self.budget.device, max_sequence_length=limit)[0]
+                self._embeddings.put(prompt, made.cpu(), precision)
 
     def _denoise(self, plan: Holding, job: Job, embeds: Any, references: Any, progress: Any) -> Any:
-        """Latents as the VAE decodes them: (1, 32, height / 8, width / 8)."""
+        """Latents as the VAE decodes them: (1, 32, height / 8, width / 8).
+
+        The transformer comes when the pipeline calls it: until then the VAE has the room, to encode reference pictures.
+        """
         progress("load", 0, 1)
         if plan.encoder.way == "staged":
             self.encoder.drop(plan.encoder.resident)
-            self._release()
-        self.transformer.hold(plan.transformer.resident, plan.transformer.host, self.reader)
-        progress("denoise", 0, job.steps)
+        if references:
+            self._drop_all_but_kept(plan)
+        with contextlib.ExitStack() as stack:
 
-        def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            progress("denoise", step + 1, job.steps)
-            return tensors
+            def come(module: Any, *arguments: Any) -> None:
+                first.remove()
+                self._hold(plan, self.transformer, plan.transformer.resident)
+                stack.enter_context(self.transformer.streaming(holding.SLOTS))
+                progress("denoise", 0, job.steps)
 
-        with self.transformer.streaming(holding.SLOTS):
+            def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+                progress("denoise", step + 1, job.steps)
+                return tensors
+
+            first = self.transformer.module.register_forward_pre_hook(come)
+            stack.callback(first.remove)
             return self.pipe(
                 prompt_embeds=embeds[0],
                 negative_prompt_embeds=embeds[1],
@@ -262,15 +358,17 @@ class Session:
                 output_type="latent",
             ).images
 
+    def _drop_all_but_kept(self, plan: Holding) -> None:
+        for component, held in ((self.encoder, plan.encoder), (self.transformer, plan.transformer)):
+            component.drop([name for name in component.units if name not in held.kept])
+
     def _decode(self, plan: Holding, latents: Any, progress: Any) -> Any:
         import torch
 
         progress("decode", 0, 1)
-        for component, held in ((self.encoder, plan.encoder), (self.transformer, plan.transformer)):
-            component.drop([name for name in component.units if name not in held.kept])
-        self._release()
+        self._drop_all_but_kept(plan)
         try:
-            decoded = self.vae.decode(latents, return_dict=False)[0]
+            decoded = self._decode_in_tiles(latents) if plan.tiles else self.vae.decode(latents, return_dict=False)[0]
         except torch.OutOfMemoryError:
             self._let_go()
             decoded = self._decode_in_tiles(latents)
@@ -282,7 +380,7 @@ class Session:
         """Where the whole does not fit with nothing else on the card: near the same picture, seams apart."""
         self.tiling = TILE, OVERLAP
         self.warnings.append(
-            "the picture was decoded in tiles, for VRAM ran out: it differs a little from a whole decode"
+            "the picture was decoded in tiles, for want of VRAM: it differs a little from a whole decode"
         )
         self.vae.use_tiling, self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = True, TILE, TILE // 8
         try:
@@ -291,7 +389,7 @@ class Session:
             self.vae.use_tiling = False
 
     def _release(self) -> None:
-        """Give what is free back to the card, so that the next stage finds it in one piece."""
+        """Give what is free back to the card. Between stages torch does so by itself as far as it has to."""
         import torch
 
         if self.on_card:
@@ -299,14 +397,29 @@ class Session:
 
     def close(self) -> None:
         self._let_go()
+        self._denoised.clear()
+        self._embeddings.close()
         self.reader.close()
         self.pipe = self.vae = None
         gc.collect()
         self._release()
 
 
+def _silent(stage: str, done: int, total: int) -> None:
+    """Progress that nobody is told."""
+
+
 def _weights(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
+
+
+def _layouts(model: InstalledModel, component: str) -> dict[str, Layout]:
+    """The units of `transformer` or `text_encoder`, from the headers of its files."""
+    manifest, files = model.manifest, _weights(model.folder / component)
+    if component == "transformer":
+        units = [name for name in holding.transformer_units(manifest) if name]
+        return layouts(files, units, manifest.dtype)
+    return layouts(files, list(holding.encoder_units(manifest)), manifest.dtype, prefix="model.", rest=False)
 
 
 def _hardware(budget: Budget) -> Hardware:

@@ -1,9 +1,9 @@
 """Weights that come and go: the blocks of a model stay on the device, or stream to it just before they are used.
 
-A component is built without weights. Each of its *units* (a transformer block, a layer of the text encoder; what is
-left over is the unit "") is one flat buffer on the device while it is there, and its parameters are views into it. A
-unit can also be held in host memory, pinned to its exact size, from where a streamed one is copied into a ring of slots
-while the units before it compute. Weights are read-only: dropping them copies nothing back.
+A component is built without weights. Each of its units (`layout`) is one flat buffer on the device while it is there,
+and its parameters are views into it. A unit can also be held in host memory, pinned to its exact size, from where a
+streamed one is copied into a ring of slots while the units before it compute. Weights are read-only: dropping them
+copies nothing back.
 
 diffusers' group offloading does the same with torch's own pinned memory, which rounds every tensor up to a power of two
 (the transformer's 7.75 GB take 11.92 GB), and it waits for the host at each block; see docs/measurements.md.
@@ -12,11 +12,7 @@ diffusers' group offloading does the same with torch's own pinned memory, which 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import mmap
-import os
-import struct
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,106 +21,84 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-#: Bytes at which parameters start in a unit: as the allocator places tensors of their own, so kernels choose alike.
-ALIGNMENT = 512
-#: Readers, and the pinned slots of each through which weights go to the device, in bytes.
-READERS, SLOT_BYTES = 4, 32 * 2**20
-#: safetensors' names of dtypes, as torch has them.
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "I64": "int64"}
+from kleinctl_plugins.fp8 import expand, pack, packed_bytes
+from kleinctl_plugins.layout import DTYPES, READERS, EarlyReader, Layout, Piece, host_memory, pread, tensors
 
-
-@dataclass(frozen=True)
-class Piece:
-    """One parameter of a unit: where its bytes lie in a file, and where they go in the unit."""
-
-    parameter: Any
-    path: Path
-    offset: int
-    bytes: int
-    shape: tuple[int, ...]
-    stored: Any
-    dtype: Any
-    at: int
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes in the precision that is computed in."""
-        return math.prod(self.shape) * int(self.dtype.itemsize)
+#: Pinned slots of each reader through which weights go to the device, in bytes.
+SLOT_BYTES = 32 * 2**20
 
 
 @dataclass
 class Unit:
-    """A block of a component: its parameters lie in one buffer of `bytes`, on the device, on the host, or nowhere."""
+    """A block of a component: its parameters lie in one flat buffer, on the device, on the host, or nowhere.
 
-    name: str
-    module: Any
-    pieces: list[Piece] = field(default_factory=list)
-    bytes: int = 0
-    device: Any = None
-    host: Any = None
-
-    def bind(self, buffer: Any) -> None:
-        """Make the parameters views into `buffer`, a flat tensor of bytes."""
-        for piece in self.pieces:
-            raw = buffer[piece.at : piece.at + piece.held_bytes]
-            piece.parameter.data = raw.view(piece.dtype).view(piece.shape)
-
-    def unbind(self) -> None:
-        """Let the parameters hold nothing."""
-        for piece in self.pieces:
-            piece.parameter.data = piece.parameter.data.new_empty(0)
-
-
-class Component:
-    """A model whose weights come and go. `names` are its units in the order in which a forward uses them.
-
-    Build `module` with its parameters on the meta device; `files` are its safetensors, whose tensor names lose
-    `prefix`. Tensors that the module has no parameter for are never read.
+    `coming` is host memory that is being filled and pinned. A unit that is `packed` is held as fp8, and expanded into
+    `scratch` while it computes.
     """
 
-    def __init__(
-        self, module: Any, files: Sequence[Path], names: Sequence[str], device: str, dtype: Any, prefix: str = ""
-    ) -> None:
-        import torch
+    layout: Layout
+    module: Any
+    parameters: Mapping[str, Any]
+    device: Any = None
+    host: Any = None
+    coming: Future[Any] | None = field(default=None, repr=False)
+    packed: bool = False
+    scratch: Any = None
 
-        self.module, self.device = module, torch.device(device)
-        self.units = {name: Unit(name, module.get_submodule(name)) for name in names}
-        self.units[""] = Unit("", module)
-        self._take_parameters(files, dtype, prefix)
-
-    def _take_parameters(self, files: Sequence[Path], dtype: Any, prefix: str) -> None:
-        import torch
-        from torch import nn
-
-        found = {}
-        for path in files:
-            for name, (kind, shape, offset, count) in tensors(path).items():
-                found[name.removeprefix(prefix)] = (path, kind, shape, offset, count)
-        waiting: dict[str, list[tuple[tuple[str, int], Any, Any]]] = {name: [] for name in self.units}
-        for name in [name for name, _ in self.module.named_parameters()]:
-            path, kind, shape, offset, count = found[name]
-            owner, _, leaf = name.rpartition(".")
-            own = nn.Parameter(torch.empty(0, dtype=dtype, device=self.device), requires_grad=False)
-            self.module.get_submodule(owner)._parameters[leaf] = own
-            unit = next((each for each in self.units if each and name.startswith(f"{each}.")), "")
-            stored = getattr(torch, DTYPES[kind])
-            waiting[unit].append(((str(path), offset), own, (path, offset, count, shape, stored)))
-        for name, entries in waiting.items():
-            at = 0
-            for _, own, (path, offset, count, shape, stored) in sorted(entries, key=lambda entry: entry[0]):
-                piece = Piece(own, path, offset, count, shape, stored, dtype, at)
-                self.units[name].pieces.append(piece)
-                at = -(-(at + piece.held_bytes) // ALIGNMENT) * ALIGNMENT
-            self.units[name].bytes = at
+    @property
+    def name(self) -> str:
+        """The name of its module in the component."""
+        return self.layout.name
 
     @property
     def bytes(self) -> int:
-        """All its weights."""
-        return sum(unit.bytes for unit in self.units.values())
+        """Its size when it is held."""
+        return packed_bytes(self.layout) if self.packed else self.layout.bytes
 
-    def resident_bytes(self) -> int:
-        """What is on the device now, without the ring of slots."""
-        return sum(unit.bytes for unit in self.units.values() if unit.device is not None)
+    def bind(self, buffer: Any) -> None:
+        """Make the parameters views into `buffer`, a flat tensor of bytes, or into what it expands to."""
+        if self.packed:
+            expand(self.layout, buffer, self.scratch)
+            buffer = self.scratch
+        for piece in self.layout.pieces:
+            own = self.parameters[piece.name]
+            own.data = buffer[piece.at : piece.at + piece.held_bytes].view(own.dtype).view(piece.shape)
+
+    def unbind(self) -> None:
+        """Let the parameters hold nothing."""
+        for own in self.parameters.values():
+            own.data = own.data.new_empty(0)
+
+
+class Component:
+    """A model whose weights come and go. `layouts` are its units in the order in which a forward uses them.
+
+    Build `module` with its parameters on the meta device; tensors that it has no parameter for are never read.
+    """
+
+    def __init__(self, module: Any, layouts: Mapping[str, Layout], device: str, dtype: Any) -> None:
+        import torch
+        from torch import nn
+
+        self.module, self.device = module, torch.device(device)
+        self.units: dict[str, Unit] = {}
+        missing = {name for name, _ in module.named_parameters()}
+        for name, layout in layouts.items():
+            own = {}
+            for piece in layout.pieces:
+                owner, _, leaf = piece.name.rpartition(".")
+                parameter = nn.Parameter(torch.empty(0, dtype=dtype, device=self.device), requires_grad=False)
+                module.get_submodule(owner)._parameters[leaf] = parameter
+                own[piece.name] = parameter
+            self.units[name] = Unit(layout, module.get_submodule(name), own)
+            missing -= own.keys()
+        if missing:
+            raise LookupError(f"no file has the weights of {', '.join(sorted(missing)[:3])}")
+
+    @property
+    def host_bytes(self) -> int:
+        """What is in host memory now, or on its way there."""
+        return sum(unit.bytes for unit in self.units.values() if unit.host is not None or unit.coming is not None)
 
     def hold(self, resident: Iterable[str], host: Iterable[str], reader: Reader) -> None:
         """Bring units onto the device and into host memory, and drop the others from the device.
@@ -133,12 +107,12 @@ class Component:
         """
         wanted, kept = set(resident), set(host)
         self.drop(name for name in self.units if name not in wanted)
+        for unit in self.units.values():
+            if unit.coming is not None and (unit.name in kept or unit.name in wanted):
+                unit.host, unit.coming = unit.coming.result(), None
         missing = [self.units[name] for name in self.units if name in kept and self.units[name].host is None]
-        arena = reader.arena(sum(unit.bytes for unit in missing))
-        at = 0
         for unit in missing:
-            unit.host = arena[at : at + unit.bytes]
-            at += unit.bytes
+            unit.host = reader.pinned(host_memory(unit.bytes)) if unit.bytes else reader.nothing()
         coming = [self.units[name] for name in self.units if name in wanted and self.units[name].device is None]
         reader.fill([(unit, unit.host) for unit in missing])
         for unit in coming:
@@ -147,7 +121,8 @@ class Component:
                 unit.device.copy_(unit.host, non_blocking=True)
         reader.fill([(unit, unit.device) for unit in coming if unit.host is None])
         for unit in coming:
-            unit.bind(unit.device)
+            if not unit.packed:
+                unit.bind(unit.device)
 
     def drop(self, names: Iterable[str]) -> None:
         """Let units go from the device; what is in host memory stays there."""
@@ -157,15 +132,52 @@ class Component:
                 unit.unbind()
                 unit.device = None
 
+    def forget(self, names: Iterable[str], reader: Reader) -> None:
+        """Let units go from host memory."""
+        for name in names:
+            unit = self.units[name]
+            if unit.coming is not None:
+                unit.host, unit.coming = unit.coming.result(), None
+            if unit.host is not None:
+                reader.free(unit.host)
+                unit.host = None
+
+    def pack(self, packed: bool, reader: Reader) -> None:
+        """Hold the blocks as fp8 from now on, or as they are computed with; what is held the other way goes."""
+        changing = [unit for name, unit in self.units.items() if name and unit.packed != packed]
+        self.drop(unit.name for unit in changing)
+        self.forget([unit.name for unit in changing], reader)
+        for unit in changing:
+            unit.packed = packed
+
     @contextlib.contextmanager
     def streaming(self, slots: int = 2) -> Iterator[None]:
-        """While this lasts, units that are not on the device come and go through a ring of slots as they are used."""
-        streamed = [unit for name, unit in self.units.items() if name and unit.device is None]
-        ring = Ring(streamed, self.device, slots)
-        try:
+        """While this lasts, units that are not on the device come and go through a ring of slots as they are used.
+
+        Those that are held as fp8 are expanded as they are used, wherever they are.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._expand_resident().close)
+            ring = Ring([unit for name, unit in self.units.items() if name and unit.device is None], self.device, slots)
+            stack.callback(ring.close)
             yield
-        finally:
-            ring.close()
+
+    def _expand_resident(self) -> contextlib.ExitStack:
+        """Give every packed unit the room to expand into, and hooks to those that are on the device; until closed."""
+        import torch
+
+        stack = contextlib.ExitStack()
+        packed = [unit for unit in self.units.values() if unit.packed]
+        size = max((unit.layout.bytes for unit in packed), default=0)
+        scratch = torch.empty(size, dtype=torch.uint8, device=self.device) if packed else None
+        for unit in packed:
+            unit.scratch = scratch
+            stack.callback(setattr, unit, "scratch", None)
+            stack.callback(unit.unbind)
+            if unit.device is not None:
+                use = unit.module.register_forward_pre_hook(lambda *_, unit=unit: unit.bind(unit.device))
+                stack.callback(use.remove)
+        return stack
 
 
 class Ring:
@@ -251,18 +263,32 @@ class Ring:
 
 
 class Reader:
-    """Reads weights from files: several threads at once, into host memory or through pinned slots to the device."""
+    """Reads weights from files: several threads at once, into host memory or through pinned slots to the device.
+
+    `pinned_bytes` are pinned now; `pin_limit` is how far pinning went where the system refused more (WSL, containers),
+    and None as long as it did not. Memory that is not pinned works, and is copied more slowly.
+    """
 
     def __init__(self, device: str) -> None:
         import torch
 
         self.device = torch.device(device)
         self.cuda = self.device.type == "cuda"
-        self.pinned = 0
+        self.pinned_bytes = 0
+        self.pin_limit: int | None = None
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="weights")
-        self._local = threading.local()
-        self._maps: list[Any] = []
+        self._early = ThreadPoolExecutor(1, thread_name_prefix="pin")
+        self._lock = threading.Lock()
+        self._pinned: dict[int, int] = {}
         self._start: Any = None
+        self._slots: deque[Any] = deque()
+        if self.cuda:  # before anything else is pinned: all reading goes through them
+            self._slots.extend(self._slot() for _ in range(2 * READERS))
+
+    def _slot(self) -> Any:
+        import torch
+
+        return self.pinned(host_memory(SLOT_BYTES)), torch.cuda.Event()
 
     def empty(self, count: int) -> Any:
         """`count` bytes on the device."""
@@ -270,144 +296,115 @@ class Reader:
 
         return torch.empty(count, dtype=torch.uint8, device=self.device)
 
-    def arena(self, count: int) -> Any:
-        """`count` bytes of host memory, pinned where the device is a card and the system lets us."""
+    def nothing(self) -> Any:
+        """No bytes on the host."""
         import torch
 
-        if not count:
-            return torch.empty(0, dtype=torch.uint8)
-        pages = mmap.mmap(-1, count)
-        with contextlib.suppress(AttributeError, OSError):
-            pages.madvise(mmap.MADV_HUGEPAGE)
+        return torch.empty(0, dtype=torch.uint8)
+
+    def pinned(self, pages: mmap.mmap) -> Any:
+        """Host memory as a tensor of bytes, pinned where the device is a card and as far as the system lets us."""
+        import torch
+
         memory = torch.frombuffer(pages, dtype=torch.uint8)
-        if self.cuda:
-            error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), count, 0)
-            if int(error) == 0:
-                self.pinned += count
-                self._maps.append(memory)
+        if self.cuda and self.pin_limit is None:
+            error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), len(memory), 0))
+            with self._lock:
+                if error:
+                    self.pin_limit = self.pinned_bytes
+                else:
+                    self.pinned_bytes += len(memory)
+                    self._pinned[memory.data_ptr()] = len(memory)
         return memory
+
+    def free(self, memory: Any) -> None:
+        """Unpin host memory that is not needed any more; it goes with its last reference."""
+        import torch
+
+        with self._lock:
+            count = self._pinned.pop(memory.data_ptr(), 0)
+            self.pinned_bytes -= count
+        if count:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+    def take(self, early: EarlyReader, components: Mapping[str, Component]) -> None:
+        """Pin what `early` reads, as it comes, while the rest of the session is being made."""
+        for name, found in early.memory.items():
+            for unit, filling in found.items():
+                components[name].units[unit].coming = self._early.submit(self._pin_filled, filling)
+
+    def _pin_filled(self, filling: Future[mmap.mmap]) -> Any:
+        return self.pinned(filling.result())
 
     def fill(self, jobs: Sequence[tuple[Unit, Any]]) -> None:
         """Read units into their buffers, and wait for it."""
+        for unit, buffer in (each for each in jobs if each[0].packed):
+            plain = self.empty(unit.layout.bytes)
+            self._fill([(unit, plain)])
+            pack(unit.layout, plain, buffer)
+        self._fill([each for each in jobs if not each[0].packed])
+
+    def _fill(self, jobs: Sequence[tuple[Unit, Any]]) -> None:
         import torch
 
-        runs = [(run, buffer) for unit, buffer in jobs for run in _runs(unit.pieces)]
+        runs = [(unit.layout, run, buffer) for unit, buffer in jobs for run in unit.layout.runs()]
         if not self.cuda:  # nothing to overlap with
-            for run, buffer in runs:
-                self._read(run, buffer)
+            for each in runs:
+                self._read(*each)
             return
         self._start = torch.cuda.Event()  # what lay where the buffers are now may still be in use
         self._start.record()
-        waiting: list[Future[None]] = [self._pool.submit(self._read, run, buffer) for run, buffer in runs]
-        for each in waiting:
-            each.result()
+        waiting: list[Future[None]] = [self._pool.submit(self._read, *each) for each in runs]
+        for future in waiting:
+            future.result()
 
-    def _read(self, run: Sequence[Piece], buffer: Any) -> None:
-        first = run[0]
-        count = sum(piece.bytes for piece in run)
-        if first.stored != first.dtype:
-            self._convert(run, buffer)
+    def _read(self, layout: Layout, run: Sequence[Piece], buffer: Any) -> None:
+        first, count = run[0], sum(piece.bytes for piece in run)
+        if not layout.as_stored:
+            self._convert(layout, run, buffer)
         elif buffer.device.type == "cpu":
-            _pread(first.path, first.offset, buffer[first.at : first.at + count])
+            pread(first.path, first.offset, memoryview(buffer[first.at : first.at + count].numpy()))
         else:
             self._through_slots(first.path, first.offset, buffer[first.at : first.at + count])
 
-    def _convert(self, run: Sequence[Piece], buffer: Any) -> None:
+    def _convert(self, layout: Layout, run: Sequence[Piece], buffer: Any) -> None:
         import torch
 
         for piece in run:
             raw = torch.empty(piece.bytes, dtype=torch.uint8)
-            _pread(piece.path, piece.offset, raw)
+            pread(piece.path, piece.offset, memoryview(raw.numpy()))
             target = buffer[piece.at : piece.at + piece.held_bytes]
-            target.copy_(raw.view(piece.stored).to(piece.dtype).view(torch.uint8))
+            stored, dtype = getattr(torch, piece.stored), getattr(torch, layout.dtype)
+            target.copy_(raw.view(stored).to(dtype).view(torch.uint8))
 
     def _through_slots(self, path: Path, offset: int, target: Any) -> None:
         import torch
 
-        if not hasattr(self._local, "slots"):
-            memory = self.arena(2 * SLOT_BYTES)
-            self._local.slots = deque(
-                (memory[n * SLOT_BYTES : (n + 1) * SLOT_BYTES], torch.cuda.Event()) for n in (0, 1)
-            )
-            self._local.stream = torch.cuda.Stream(self.device)
-        for start in range(0, len(target), SLOT_BYTES):
-            part = target[start : start + SLOT_BYTES]
-            slot, sent = self._local.slots[0]
-            self._local.slots.rotate(-1)
-            sent.synchronize()
-            _pread(path, offset + start, slot[: len(part)])
-            with torch.cuda.stream(self._local.stream):
-                self._local.stream.wait_event(self._start)
-                part.copy_(slot[: len(part)], non_blocking=True)
+        with torch.cuda.stream(torch.cuda.Stream(self.device)) as _:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._start)
+            for start in range(0, len(target), SLOT_BYTES):
+                part = target[start : start + SLOT_BYTES]
+                memory, sent = self._slots.popleft()
+                sent.synchronize()
+                pread(path, offset + start, memoryview(memory[: len(part)].numpy()))
+                part.copy_(memory[: len(part)], non_blocking=True)
                 sent.record()
-        for _, sent in self._local.slots:
-            sent.synchronize()
+                self._slots.append((memory, sent))
+            stream.synchronize()
 
     def close(self) -> None:
         """Give the memory back."""
         import torch
 
+        self._early.shutdown()
         self._pool.shutdown()
         if self.cuda:
             torch.cuda.synchronize()
-            for memory in self._maps:
-                torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
-        self._maps.clear()
-
-
-def _runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    """Pieces that follow one another in the file and in the unit, at most a few slots long, read in one go."""
-    run: list[Piece] = []
-    for piece in pieces:
-        last = run[-1] if run else None
-        if last is not None and not (
-            last.path == piece.path
-            and last.offset + last.bytes == piece.offset
-            and last.at + last.held_bytes == piece.at
-            and last.stored == last.dtype == piece.stored
-            and sum(each.bytes for each in run) < 2 * SLOT_BYTES
-        ):
-            yield run
-            run = []
-        run.append(piece)
-    if run:
-        yield run
-
-
-def _pread(path: Path, offset: int, target: Any) -> None:
-    """Fill a tensor of bytes in host memory from a file.
-
-    Raises:
-        OSError: the file is shorter than its header says.
-    """
-    view = memoryview(target.numpy())
-    with path.open("rb", buffering=0) as file:
-        done = 0
-        while done < len(view):
-            if hasattr(os, "preadv"):
-                count = os.preadv(file.fileno(), [view[done:]], offset + done)
-            else:
-                file.seek(offset + done)
-                count = file.readinto(view[done:])
-            if not count:
-                raise OSError(f"{path} ends at {offset + done} bytes, in the middle of its weights")
-            done += count
-
-
-def tensors(path: Path) -> Mapping[str, tuple[str, tuple[int, ...], int, int]]:
-    """The tensors of a safetensors file: dtype, shape, offset in the file and length in bytes."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return {
-        name: (each["dtype"], tuple(each["shape"]), 8 + length + each["data_offsets"][0], _length(each["data_offsets"]))
-        for name, each in header.items()
-    }
-
-
-def _length(offsets: Sequence[int]) -> int:
-    return offsets[1] - offsets[0]
+            for address in self._pinned:
+                torch.cuda.cudart().cudaHostUnregister(address)
+        self._pinned.clear()
 
 
 def Embedding(files: Sequence[Path], name: str, device: str, dtype: Any) -> Any:

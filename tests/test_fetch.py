@@ -477,14 +477,14 @@ FETCH_AND_TELL = """
 import sys
 sys.path.insert(0, {root!r})
 from kleinctl import store
-from kleinctl.fetch import fetch, partial_file
+from kleinctl.fetch import arrived_bytes, fetch
 from kleinctl.problem import KleinctlError
 from tests.test_fetch import BYTES, QUICK, part_of
 {before}
 try:
     fetch(part_of(BYTES), print, patience=QUICK)
 except KleinctlError as error:
-    print("PROBLEM", error.problem.name, partial_file(part_of(BYTES)).stat().st_size)
+    print("PROBLEM", error.problem.name, arrived_bytes(part_of(BYTES)))
 """
 ROOT = str(Path(__file__).parent.parent)
 

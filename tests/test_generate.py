@@ -19,7 +19,7 @@ from kleinctl.backends import Budget, Fit, InstalledModel, Job
 from kleinctl.checks.run import run_problems
 from kleinctl.executors import ProcessExecutor
 from kleinctl.facts.run import finished_run
-from kleinctl.generate import Finished, Painter, Request, Step, choose_outputs, run
+from kleinctl.generate import Finished, Painter, Request, Step, check_outputs, choose_outputs, output_folder, run
 from kleinctl.hardware import Hardware
 from kleinctl.pictures import reference
 from kleinctl.pngtext import plain_text, read_text, utf8_text, with_chunks
@@ -184,6 +184,21 @@ def test_no_half_picture_stays_when_writing_fails(backend, name, tmp_path):
     assert (tmp_path / "mine.png").read_text() == "precious" and files(tmp_path) == ["mine.png"]
 
 
+def test_outputs_are_looked_at_without_making_anything(tmp_path):
+    check_outputs([tmp_path / "new" / "folder" / "a.png"])
+    assert files(tmp_path) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KleinctlError, match="is no folder"):
+        check_outputs([tmp_path / "file" / "new" / "a.png"])
+
+
+def test_a_folder_of_pictures_that_is_a_file(tmp_path):
+    (tmp_path / "notes").write_text("")
+    with pytest.raises(Misuse) as caught:
+        output_folder(tmp_path / "notes")
+    assert caught.value.problem.name == "output-not-a-folder"
+
+
 def test_without_a_name_nothing_is_ever_replaced(tmp_path):
     (tmp_path / "klein-7.png").write_text("precious")
     assert choose_outputs([job(), job()], None, folder=tmp_path) == (
@@ -228,6 +243,99 @@ def test_pictures_finished_before_a_failure_stay(tmp_path):
     problem = problem_of(wanted, ProcessExecutor())
     assert "1 of 2 pictures were finished." in problem.why
     assert files(tmp_path) == ["klein-1.png"]
+
+
+AHEAD = {"plugin": "tests.plugins.ahead"}
+
+
+def origins(*jobs):
+    return {"origins": tuple(f"jobs.jsonl:{number}" for number, _ in enumerate(jobs, 1))}
+
+
+def test_jobs_are_told_ahead_sixteen_at_a_time_those_of_one_size_together(tmp_path, monkeypatch):
+    monkeypatch.setenv("AHEAD_FILE", str(tmp_path / "told"))
+    jobs = [job(seed, width=32 + 16 * (seed % 2), height=32, steps=1) for seed in range(19)]
+    events = []
+    result = run(request(*jobs, output=tmp_path / "out", backend="ahead-notes", **AHEAD), events.append)
+    first, second = (tmp_path / "told").read_text().splitlines()
+    assert first == "1 3 5 7 9 11 13 15 0 2 4 6 8 10 12 14" and second == "17 16 18"
+    assert [image.job.seed for image in result.images] == list(range(19))
+    assert [event.number for event in events if isinstance(event, Finished)] == list(range(1, 20))
+    ahead = [(each.stage, each.total) for each in events if isinstance(each, Step) and each.number == 0]
+    assert ahead == [("encode", 16), ("encode", 16), ("encode", 3), ("encode", 3)]
+    assert result.remarks == ["it was slow"] and len(result.prepared) == 2
+    jsonschema.validate(result.to_json(), json.loads(SCHEMA.read_text()))
+
+
+def test_a_single_picture_is_not_told_ahead(tmp_path, monkeypatch):
+    monkeypatch.setenv("AHEAD_FILE", str(tmp_path / "told"))
+    run(request(job(), output=tmp_path / "a.png", backend="ahead-notes", **AHEAD), ignore)
+    assert not (tmp_path / "told").exists()
+
+
+@pytest.mark.parametrize(("backend", "workers"), [("ahead-raises", 1), ("ahead-exits", 2)])
+def test_what_fails_ahead_is_left_to_each_job(backend, workers, tmp_path):
+    result = run(request(job(1), job(2), output=tmp_path, backend=backend, **AHEAD), ignore)
+    assert [image.job.seed for image in result.images] == [1, 2] and result.prepared == ()
+    logs = [path.read_text() for path in (Path(os.environ["KLEINCTL_HOME"]) / "logs").iterdir()]
+    assert len(logs) == workers
+    assert any("the stage that failed ahead" in log for log in logs) == (backend == "ahead-raises")
+
+
+def test_a_line_of_a_batch_that_runs_out_of_memory_is_one_error_and_the_rest_runs(tmp_path):
+    jobs = [job(1, prompt="one"), job(2), job(1, prompt="three")]
+    events = []
+    misbehaving = {"backend": "card-full-later", "plugin": "tests.plugins.misbehaving"}
+    result = run(request(*jobs, output=tmp_path, **misbehaving, **origins(*jobs)), events.append)
+    assert [image.job.prompt for image in result.images] == ["one", "three"]
+    [failure] = result.failures
+    assert (failure.index, failure.number, failure.count) == (1, 2, 3) and failure in events
+    assert failure.problem.name == "card-memory-full" and failure.problem.what.startswith("jobs.jsonl:2: ")
+    assert files(tmp_path) == ["klein-1-2.png", "klein-1.png"]
+
+
+def test_a_line_of_a_batch_with_a_damaged_reference_is_one_error(tmp_path):
+    cut = picture(tmp_path / "cut.jpg", "JPEG", (640, 480), quality=95)
+    cut.write_bytes(cut.read_bytes()[:2000])
+    jobs = [job(1, images=(cut,)), job(2)]
+    result = run(request(*jobs, output=tmp_path / "out", **origins(*jobs)), ignore)
+    assert [failure.problem.name for failure in result.failures] == ["reference-damaged"]
+    assert files(tmp_path / "out") == ["klein-2.png"]
+
+
+def test_a_reference_that_goes_away_before_its_line_comes_is_one_error(tmp_path):
+    jobs = [job(1, images=(tmp_path / "gone.png",)), job(2)]
+    result = run(request(*jobs, output=tmp_path / "out", **origins(*jobs)), ignore)
+    assert [failure.problem.what for failure in result.failures] == [
+        "jobs.jsonl:1: gone.png cannot be used as a reference picture"
+    ]
+    assert files(tmp_path / "out") == ["klein-2.png"]
+
+
+def test_a_line_of_a_batch_that_kills_its_worker_twice_is_one_error_and_the_rest_runs(tmp_path):
+    jobs = [job(1, prompt="one"), job(2), job(1, prompt="three")]
+    misbehaving = {"backend": "killed-while-writing-later", "plugin": "tests.plugins.misbehaving"}
+    result = run(request(*jobs, output=tmp_path, **misbehaving, **origins(*jobs)), ignore)
+    assert [image.job.prompt for image in result.images] == ["one", "three"]
+    assert [failure.problem.name for failure in result.failures] == ["worker-killed"]
+    assert files(tmp_path) == ["klein-1-2.png", "klein-1.png"]  # and no half picture
+    assert len(list((Path(os.environ["KLEINCTL_HOME"]) / "logs").iterdir())) == 3
+
+
+def test_a_worker_of_a_batch_that_dies_once_costs_no_picture(tmp_path, monkeypatch):
+    monkeypatch.setenv("AHEAD_FILE", str(tmp_path / "died"))
+    jobs = [job(1), job(2)]
+    result = run(request(*jobs, output=tmp_path / "out", backend="dies-once", **AHEAD, **origins(*jobs)), ignore)
+    assert len(result.images) == 2 and result.failures == () and (tmp_path / "died").exists()
+
+
+def test_a_batch_of_which_every_line_failed(tmp_path):
+    jobs = [job(2), job(3)]
+    misbehaving = {"backend": "card-full-later", "plugin": "tests.plugins.misbehaving"}
+    result = run(request(*jobs, output=tmp_path, **misbehaving, **origins(*jobs)), ignore)
+    assert result.images == () and len(result.failures) == 2
+    document = {**result.to_json(), "failed": [], "skipped": []}
+    jsonschema.validate(document, json.loads(SCHEMA.read_text()))
 
 
 def test_a_warm_model_paints_on_after_a_failed_job(tmp_path):
@@ -371,6 +479,7 @@ def test_a_picture_without_our_record(chunks, says, tmp_path):
         {"prompt": None},
         {"images": ["x"]},
         {"model": 3},
+        {"precision": 8},
         {"backend": ["rm"]},
     ],
 )
@@ -381,6 +490,16 @@ def test_a_record_that_asks_for_the_impossible(change, tmp_path):
     with pytest.raises(KleinctlError) as caught:
         job_from_record({**record, **change})
     assert caught.value.problem.name == "record-damaged"
+
+
+def test_a_precision_goes_into_the_record_and_comes_back(tmp_path):
+    asked = job(precision="fp8")
+    run(request(asked, job(), folder=tmp_path), ignore)
+    record = read_record(tmp_path / "klein-7.png")
+    assert record["precision"] == "fp8" and job_from_record(record) == asked
+    assert "precision" not in read_record(tmp_path / "klein-7-2.png")
+    schema = json.loads(SCHEMA.read_text())
+    jsonschema.validate(record, {"$defs": schema["$defs"], "$ref": "#/$defs/record"})
 
 
 def test_a_record_whose_reference_is_not_given_or_is_another(tmp_path):

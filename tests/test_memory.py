@@ -50,7 +50,8 @@ def test_a_reference_picture_costs_as_much_as_a_megapixel_more(klein, tmp_path):
 # Everything resident, bf16, 1024 x 1024, 4 steps: published by vipshop/cache-dit (docs/user_guide/QUANTIZATION.md).
 @pytest.mark.parametrize(("card", "seconds"), [("RTX 5090", 0.97), ("L20", 2.13)])
 def test_predicted_seconds_of_a_resident_model_are_near_published_ones(klein, card, seconds):
-    predicted = memory.compute_seconds(klein, imagine(card, 64 * GIB), default_job(klein))
+    encode, forward, decode = memory.stage_seconds(klein, imagine(card, 64 * GIB), default_job(klein))
+    predicted = encode + 4 * forward + decode
     assert predicted == pytest.approx(seconds, rel=0.25)
 
 
@@ -79,7 +80,7 @@ def test_the_faster_backend_that_fits_is_chosen_and_says_why(plugins, klein):
 
 def test_a_card_that_is_too_small_is_told_the_figures(plugins, klein):
     hardware = imagine("RTX 3050 8GB", 32 * GIB)
-    found = compare(plugins.backends.values(), klein, hardware, default_job(klein, width=2048, height=2048))
+    found = compare(plugins.backends.values(), klein, hardware, default_job(klein, width=4096, height=4096))
     assert choose(found) is None
     assert all("GiB of VRAM;" in each.why_not for each in found)
 
@@ -100,13 +101,14 @@ def test_guidance_doubles_the_forwards_of_a_base_model_only(plugins, klein):
 
 
 @pytest.mark.parametrize(
-    ("backend", "limit", "gibibytes"),
-    [("diffusers", 16, 8.73), ("staged", 16, 15.64), ("staged", 4, 3.85)],
+    ("backend", "usable", "gibibytes"),
+    [("diffusers", 15.75, 8.73), ("staged", 15.75, 15.64), ("staged", 3.75, 3.85)],
 )
-def test_predicted_vram_is_near_what_a_full_size_run_took(plugins, klein, backend, limit, gibibytes):
-    """1024 x 1024 on an H100 with --vram-limit, the CUDA context included (docs/measurements.md)."""
+def test_predicted_vram_is_near_what_a_full_size_run_took(plugins, klein, backend, usable, gibibytes):
+    """1024 x 1024 on an H100 with so much to use, the CUDA context included (docs/measurements.md)."""
     hardware = imagine("H100", 64 * GIB)
-    limited = replace(hardware.gpus[0], vram_free_bytes=limit * GIB)
+    cards = (replace(hardware.gpus[0], vram_free_bytes=tenth * GIB // 10) for tenth in range(30, 200))
+    limited = next(card for card in cards if memory.usable_vram(card) >= usable * GIB)
     fit = plugins.backend(backend).thing.fit(klein, replace(hardware, gpus=(limited,)), default_job(klein))
     assert fit.vram_bytes == pytest.approx(gibibytes * GIB, rel=0.05)
 

@@ -129,7 +129,7 @@ def test_a_size_beyond_the_memory_names_one_that_fits(kleinctl):
         plugins, plugins.model("klein-4b"), None, imagine("RTX 3060 12GB", 32 * GIB), {"width": 4096, "height": 4096}
     )
     assert error.problem.what == "klein-4b does not fit this machine at 4096x4096"
-    assert error.problem.fix == "--size 2048x2048"
+    assert error.problem.fix == "--size 3072x3072"
 
 
 def test_a_driver_that_is_too_old_ends_with_the_hint_to_install_another():

@@ -25,7 +25,7 @@ from kleinctl.worker import protocol
 from kleinctl.worker.log import LOGS_KEPT
 from kleinctl.worker.looks import prompt_cut
 from kleinctl.worker.main import Stopwatch
-from kleinctl.worker.protocol import Generate, Load, Loaded, Made
+from kleinctl.worker.protocol import Generate, Load, Loaded, Made, Prepare, Prepared
 from tests.models import tiny_model
 
 ECHO, MISBEHAVING = "tests.plugins.echo", "tests.plugins.misbehaving"
@@ -112,6 +112,24 @@ def test_after_a_failed_picture_the_next_one_can_be_made(tmp_path):
         assert isinstance(worker.ask(generate(tmp_path, seed=1), nothing), Made)
 
 
+def test_a_backend_that_does_nothing_ahead(tmp_path):
+    with ProcessExecutor().start(PYTHON, ECHO) as worker:
+        worker.ask(load("echo", ECHO), nothing)
+        assert worker.ask(Prepare((generate(tmp_path).job,)), nothing) == Prepared()
+
+
+def test_what_a_backend_does_ahead_is_timed_and_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("AHEAD_FILE", str(tmp_path / "told"))
+    said = []
+    with ProcessExecutor().start(PYTHON, "tests.plugins.ahead") as worker:
+        worker.ask(load("ahead-notes", "tests.plugins.ahead"), nothing)
+        jobs = tuple(generate(tmp_path, seed=seed).job for seed in (5, 3))
+        prepared = worker.ask(Prepare(jobs), lambda progress: said.append((progress.stage, progress.done)))
+        assert worker.ask(generate(tmp_path), nothing).warnings == ()
+    assert set(prepared.seconds) == {"prepare", "encode"} and prepared.warnings == ("it was slow",)
+    assert said == [("encode", 0), ("encode", 2)] and (tmp_path / "told").read_text() == "5 3\n"
+
+
 def test_a_worker_that_cannot_write_removes_what_it_wrote(tmp_path):
     with ProcessExecutor().start(PYTHON, MISBEHAVING) as worker:
         worker.ask(load("disk-full"), nothing)
@@ -164,7 +182,7 @@ def test_a_worker_of_another_version(tmp_path):
     )
     with pytest.raises(KleinctlError) as caught:
         ProcessExecutor(bootstrap=other).start(PYTHON, ECHO)
-    assert caught.value.problem.why == "This one speaks kleinctl.worker/2; the worker said kleinctl.worker/9."
+    assert caught.value.problem.why == "This one speaks kleinctl.worker/3; the worker said kleinctl.worker/9."
 
 
 def test_a_python_that_is_not_there(tmp_path):
@@ -414,6 +432,8 @@ def test_messages_survive_the_pipe():
     assert protocol.decode(protocol.encode(request)) == request
     asked = generate(Path("/a"), images=(Path("/b.png"),))
     assert protocol.decode(protocol.encode(asked)) == asked
+    ahead = Prepare((asked.job, replace(asked.job, seed=8, images=(), precision="fp8")))
+    assert protocol.decode(protocol.encode(ahead)) == ahead
 
 
 @pytest.mark.parametrize("line", [b"", b"null", b"[]", b'{"is": 3}', b'{"is": "Progress"}', b"Loading: 3%", b"\xff{"])

@@ -6,11 +6,11 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 
-from kleinctl.checks import CouldNotCheck, check
+from kleinctl.checks import CouldNotCheck, check, remedies
 from kleinctl.checks.environment import pip_line, torch_for
 from kleinctl.checks.machine import DRIVERS, NO_CUDA_MALLOC, chosen_card, known, with_arguments
 from kleinctl.environment import Environment
-from kleinctl.facts.comfyui import KINDS, OLD_NAMES, ComfyUI, CustomNode, ExtraPath, argument
+from kleinctl.facts.comfyui import KINDS, OLD_NAMES, ComfyUI, CustomNode, ExtraPath, argument, catalogue
 from kleinctl.facts.system import System
 from kleinctl.facts.weights import FoundFile
 from kleinctl.hardware import Hardware
@@ -64,7 +64,7 @@ def update(comfyui: ComfyUI) -> str:
     if comfyui.layout == "base-directory":
         return "update ComfyUI in its app (Help, Check for updates), then start it again"
     python = f'"{comfyui.python}"' if comfyui.python else "python"
-    return f'git -C "{comfyui.path}" pull && {python} -m pip install -r "{comfyui.path}/requirements.txt"'
+    return f'git -C "{comfyui.path}" pull && {python} -s -m pip install -r "{comfyui.path}/requirements.txt"'
 
 
 def version_of(comfyui: ComfyUI) -> str:
@@ -77,14 +77,18 @@ def version_of(comfyui: ComfyUI) -> str:
 def gguf_problem(comfyui: ComfyUI, name: str) -> Problem | None:
     """What keeps ComfyUI from loading the GGUF file `name`."""
     pack = _pack(comfyui, "comfyui-gguf")
-    if pack is None or pack.disabled:
-        state = "is switched off" if pack else "is not installed"
-        fix = f'git clone https://github.com/city96/ComfyUI-GGUF "{comfyui.path}/custom_nodes/ComfyUI-GGUF"'
-        found = pack.name if pack else "no ComfyUI-GGUF"
+    there = f"{comfyui.path}/custom_nodes/{pack.name if pack else 'ComfyUI-GGUF'}"
+    if pack is None:
+        own = next(each for each in catalogue()["pack"] if each["id"] == "comfyui-gguf")
+        state, found = "is not installed", "no ComfyUI-GGUF"
+        fix, remedy = f'git clone {own["address"]} "{there}"', remedies.install_node(comfyui, own)
+    elif pack.disabled:
+        state, found = "is switched off", pack.name
+        fix, remedy = f"switch on {pack.name} in ComfyUI's Manager", remedies.switch_node(comfyui, pack)
+        fix = remedies.renaming(remedy) or fix
     elif pack.current is False:
-        state = "is from before Qwen3, klein's text encoder"
-        fix = f'git -C "{comfyui.path}/custom_nodes/{pack.name}" pull'
-        found = f"{pack.name} {pack.version or ''}".strip()
+        state, found = "is from before Qwen3, klein's text encoder", f"{pack.name} {pack.version or ''}".strip()
+        fix, remedy = f'git -C "{there}" pull', remedies.update_node(comfyui, pack)
     else:
         return None
     return Problem(
@@ -94,6 +98,7 @@ def gguf_problem(comfyui: ComfyUI, name: str) -> Problem | None:
         name="gguf-needs-node",
         ref="C21",
         evidence=(Evidence(f"{comfyui.path}/custom_nodes", found, "ComfyUI-GGUF that knows Qwen3"),),
+        remedy=remedy,
     )
 
 
@@ -112,6 +117,7 @@ def comfyui_too_old(comfyui: ComfyUI) -> Problem | None:
         path=comfyui.path,
         ref="C07",
         evidence=(_version(comfyui, f"{KLEIN} or newer"),),
+        remedy=remedies.update(comfyui),
     )
 
 
@@ -127,6 +133,7 @@ def cliploader_lacks_flux2(comfyui: ComfyUI) -> Problem | None:
         path=comfyui.path,
         ref="C08",
         evidence=(_version(comfyui, f"{FLUX2} or newer"),),
+        remedy=remedies.update(comfyui),
     )
 
 
@@ -181,9 +188,10 @@ def fp8_scales_unread(comfyui: ComfyUI, comfyui_files: Sequence[FoundFile]) -> I
         if scales == "unmarked" and found.identity.family in READ:
             why = "Its scales have no mark that ComfyUI looks for: it leaves them out and paints noise without a word."
             fix = f'kleinctl install --model klein-4b --comfyui "{comfyui.path}"   # the official file has the marks'
+            remedy = _official(found)
         elif scales in ("metadata", "comfy_quant") and older(version_of(comfyui), MARKED_SCALES):
             why = f"Its scales are marked in a way that ComfyUI reads since {MARKED_SCALES}; this is {comfyui.version}."
-            fix = update(comfyui)
+            fix, remedy = update(comfyui), remedies.update(comfyui)
         else:
             continue
         yield Problem(
@@ -192,7 +200,11 @@ def fp8_scales_unread(comfyui: ComfyUI, comfyui_files: Sequence[FoundFile]) -> I
             fix,
             path=str(found.path),
             ref="C22",
-            evidence=(Evidence(found.path.name, f"scales: {scales}", "scales that are marked and read"),),
+            evidence=(
+                Evidence(found.path.name, f"scales: {scales}", "scales that are marked and read"),
+                _version(comfyui, f"{MARKED_SCALES} or newer"),
+            ),
+            remedy=remedy,
         )
 
 
@@ -233,6 +245,7 @@ def kv_variant(comfyui: ComfyUI) -> Problem | None:
         severity="warning",
         ref="C25",
         evidence=(_version(comfyui, f"{KV_CACHE} or newer"),),
+        remedy=remedies.update(comfyui),
     )
 
 
@@ -257,6 +270,7 @@ def preview_crash(comfyui: ComfyUI) -> Problem | None:
         severity="warning",
         ref="D08",
         evidence=(Evidence(f"{pack.name}/videohelpersuite/latent_preview.py", "no latent_rgb_factors_reshape", "it"),),
+        remedy=remedies.update_node(comfyui, pack),
     )
 
 
@@ -275,6 +289,7 @@ def custom_node_broken(comfyui: ComfyUI) -> Iterator[Problem]:
                 path=f"{comfyui.path}/custom_nodes/{pack.name}",
                 ref="E07",
                 evidence=(Evidence(comfyui.log or "the log", pack.failure[:200], "no failed import"),),
+                remedy=remedies.switch_node(comfyui, pack),
             )
 
 
@@ -295,7 +310,12 @@ def dynamic_vram_trouble(comfyui: ComfyUI, hardware: Hardware) -> Problem | None
         "start ComfyUI with --disable-dynamic-vram if that happens, or update it",
         severity="warning",
         ref="D10",
-        evidence=(_version(comfyui, f"no {TROUBLED}.x"), _dynamic_evidence(comfyui)),
+        evidence=(
+            _version(comfyui, f"no {TROUBLED}.x"),
+            _dynamic_evidence(comfyui),
+            _arguments(comfyui, "--disable-dynamic-vram"),
+        ),
+        remedy=remedies.start_with(comfyui, add="--disable-dynamic-vram"),
     )
 
 
@@ -333,6 +353,7 @@ def black_picture(comfyui: ComfyUI) -> Problem | None:
         severity="warning",
         ref="D07",
         evidence=(_arguments(comfyui, f"no {flag}"),),
+        remedy=remedies.start_with(comfyui, flag),
     )
 
 
@@ -350,6 +371,7 @@ def sage_attention_missing(comfyui: ComfyUI, comfyui_environment: Environment) -
         "leave --use-sage-attention out of the arguments",
         ref="A23",
         evidence=(_arguments(comfyui, "no --use-sage-attention"),),
+        remedy=remedies.start_with(comfyui, "--use-sage-attention"),
     )
 
 
@@ -365,6 +387,7 @@ def cuda_malloc_unsupported(comfyui: ComfyUI, hardware: Hardware) -> Problem | N
         "start ComfyUI with --disable-cuda-malloc in the place of --cuda-malloc",
         ref="A29",
         evidence=(_arguments(comfyui, "--disable-cuda-malloc"),),
+        remedy=remedies.start_with(comfyui, "--cuda-malloc", "--disable-cuda-malloc"),
     )
 
 
@@ -432,13 +455,16 @@ def other_base_directory(comfyui: ComfyUI, system: System) -> Problem | None:
     if comfyui.unread:
         base = comfyui.argument("--models-directory") or comfyui.argument("--base-directory")
         count = len(comfyui.unread)
+        named = bool(comfyui.yaml_patch) and not (comfyui.yaml_error or comfyui.unlisted)
+        text = "\n".join((*comfyui.yaml_patch, ""))
         return Problem(
             f"{comfyui.name} does not read its own models folder",
             f"Its arguments name {base}; {count} weights file{'s' * (count > 1)} lie in {comfyui.path}/models instead.",
-            f'kleinctl install --comfyui "{base}"   # or move the files there',
+            f"name {comfyui.path}/models in {comfyui.path}/extra_model_paths.yaml, or move the files to {base}",
             path=comfyui.unread[0],
             ref="E09",
             evidence=(_arguments(comfyui, "the folder with the files"),),
+            remedy=Remedy("write-text", {"path": comfyui.yaml_file, "text": text}, "ask") if named else None,
         )
     for server in system.servers:
         base = argument(server.arguments, "--base-directory")
@@ -482,15 +508,14 @@ def memory_held_by_comfyui(system: System, hardware: Hardware) -> Problem | None
     held = gpu.vram_bytes - gpu.vram_free_bytes
     if held < 4 * GIB:
         return None
-    # Double quotes alone are known to every shell.
-    body = r'"{\"unload_models\": true, \"free_memory\": true}"'
     return Problem(
         f"the ComfyUI that runs at port {server.port} holds the card's memory",
         f"{gib(held)} of {gib(gpu.vram_bytes)} are taken; ComfyUI keeps its models after a run.",
-        f'curl -X POST http://127.0.0.1:{server.port}/free -H "Content-Type: application/json" -d {body}',
+        remedies.free_line(server.port),
         severity="warning",
         ref="E13",
         evidence=(Evidence(gpu.name, f"{gib(gpu.vram_free_bytes)} free", "the card's memory free"),),
+        remedy=Remedy("free-comfyui", {"url": f"http://127.0.0.1:{server.port}"}, "ask"),
     )
 
 
@@ -527,15 +552,23 @@ def _version(comfyui: ComfyUI, wanted: str) -> Evidence:
 
 
 def _arguments(comfyui: ComfyUI, wanted: str) -> Evidence:
-    return Evidence(f"arguments of {comfyui.name}", " ".join(comfyui.arguments)[:300], wanted)
+    looked_at = comfyui.script or f"arguments of {comfyui.name}"
+    return Evidence(looked_at, " ".join(comfyui.arguments)[:300], wanted)
+
+
+def _official(found: FoundFile) -> Remedy | None:
+    """Put the manifest's file in the place of this one, where its place says which that is."""
+    arguments = {"model": found.model, "part": found.part, "path": str(found.path)}
+    return Remedy("replace-file", arguments, "ask") if found.part else None
 
 
 def _dynamic(comfyui: ComfyUI) -> bool:
-    """Whether dynamic VRAM is on: its log says so, or its version and arguments do."""
+    """Whether dynamic VRAM is on: its newest log says so, or its version does, unless its arguments switch it off."""
+    if any(comfyui.argument(flag) is not None for flag in STATIC):
+        return False
     if comfyui.dynamic_vram is not None:
         return comfyui.dynamic_vram
-    off = any(comfyui.argument(flag) is not None for flag in STATIC)
-    return comfyui.version is not None and not older(comfyui.version, DYNAMIC) and not off
+    return comfyui.version is not None and not older(comfyui.version, DYNAMIC)
 
 
 def _dynamic_evidence(comfyui: ComfyUI) -> Evidence:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from urllib.parse import urlsplit
 
 from kleinctl.checks import CouldNotCheck, check
+from kleinctl.checks.machine import variable, without
 from kleinctl.environment import Environment
 from kleinctl.facts.hub_cache import CachedRepo, HubCache
 from kleinctl.facts.system import System
@@ -145,21 +146,25 @@ def size_unknown(model: Model) -> Problem | None:
 
 
 @check("cache-on-other-disk")
-def cache_on_other_disk(hub_cache: HubCache, hardware: Hardware) -> Problem | None:
+def cache_on_other_disk(hub_cache: HubCache, hardware: Hardware, system: System) -> Problem | None:
     """Hugging Face's cache, where it has klein, is on the same disk as kleinctl's store."""
     if hub_cache.same_disk_as_home is not False or not any(repo.revision for repo in hub_cache.repos):
         return None
     windows = hardware.platform.lower().startswith("win")
     effect = "are copied, and take room twice" if windows else "are only linked to, and gone where that disk is away"
+    beside = re.sub(r"[^\\/]+[\\/]*$", "", system.home)
+    other = beside + (r"huggingface\hub" if windows else "huggingface/hub") if beside else "FOLDER"
+    line = f'setx HF_HUB_CACHE "{other}"' if windows else f"export HF_HUB_CACHE={other}"
     return Problem(
         "Hugging Face's cache is on another disk than kleinctl's models",
         f"One disk is wanted, so that a file can be in both at no cost; the cache is {hub_cache.path}, and files taken "
         f"from it {effect}.",
-        "set HF_HOME to a folder on the disk of the models, before any program starts that uses it",
+        f"{line}   # then move what is in {hub_cache.path} there, or it is fetched again",
         severity="warning",
         path=hub_cache.path,
         ref="B08",
         evidence=(Evidence(hub_cache.path, "another disk than KLEINCTL_HOME", "the same disk"),),
+        remedy=variable("HF_HUB_CACHE", other) if beside else None,
     )
 
 
@@ -177,6 +182,7 @@ def downloaded_twice(found_file: FoundFile) -> Problem | None:
         path=str(found.path),
         ref="B08",
         evidence=(Evidence(str(found.path), f"the content of {found.copy_of}", "one file, or two names of one"),),
+        remedy=Remedy("share-file", {"path": str(found.path), "with": found.copy_of}, "ask"),
     )
 
 
@@ -203,6 +209,9 @@ def cache_incomplete(hub_cache: HubCache) -> Iterator[Problem]:
                 path=repo.path,
                 ref="B03" if repo.text_files else "B12" if repo.missing and not repo.unfinished else "B02",
                 evidence=(Evidence(repo.path, "; ".join(lacks), "a whole snapshot"),),
+                remedy=Remedy("complete-snapshot", {"path": repo.path}, "ask")
+                if repo.revision and repo.model
+                else None,
             )
 
 
@@ -247,6 +256,7 @@ def symlinks_not_allowed(system: System) -> Problem | None:
         severity="warning",
         ref="B09",
         evidence=(Evidence("symbolic links", "refused", "allowed, or HF_HUB_DISABLE_SYMLINKS=1"),),
+        remedy=variable("HF_HUB_DISABLE_SYMLINKS", "1"),
     )
 
 
@@ -317,7 +327,7 @@ def _too_long(folder: str, adds: int, shorter: str) -> Problem:
 
 
 @check("endpoint-malformed")
-def endpoint_malformed(system: System) -> Problem | None:
+def endpoint_malformed(system: System, hardware: Hardware) -> Problem | None:
     """HF_ENDPOINT, where it is set, is a web address."""
     address = system.variables.get("HF_ENDPOINT", "")
     if not address or _is_address(address):
@@ -325,9 +335,10 @@ def endpoint_malformed(system: System) -> Problem | None:
     return Problem(
         "HF_ENDPOINT is no web address",
         f"An address like {HUB} is wanted, with http:// or https://; it holds {address[:80]!r}.",
-        "unset HF_ENDPOINT",
+        without("HF_ENDPOINT", hardware),
         ref="B12",
         evidence=(Evidence("HF_ENDPOINT", address[:80], "https://…"),),
+        remedy=variable("HF_ENDPOINT"),
     )
 
 
@@ -340,7 +351,7 @@ def _is_address(text: str) -> bool:
 
 
 @check("offline")
-def offline(model: Model, system: System, files: tuple[FoundFile, ...]) -> Problem | None:
+def offline(model: Model, system: System, files: tuple[FoundFile, ...], hardware: Hardware) -> Problem | None:
     """The network is not switched off while files are missing."""
     named = next((name for name in ("KLEINCTL_OFFLINE", "HF_HUB_OFFLINE") if _on(system, name)), None)
     lacking = min((_lacking(model, layout, files) for layout in model.layouts), key=len)
@@ -350,10 +361,11 @@ def offline(model: Model, system: System, files: tuple[FoundFile, ...]) -> Probl
     return Problem(
         f"offline, and not here: {_some([part.name for part in lacking])}",
         f"{model.name} wants {len(lacking)} more file{'s' * (len(lacking) > 1)}; {named} keeps them from coming.",
-        f"unset {named}",
+        without(named, hardware),
         severity="warning",
         ref="B12",
         evidence=(Evidence(named, system.variables[named], "unset"),),
+        remedy=variable(named),
     )
 
 
@@ -365,13 +377,14 @@ def certificates_known(system: System) -> Problem | None:
         return None
     return Problem(
         f"{bundle} is set and SSL_CERT_FILE is not",
-        "Connections of this network seem to be signed by a certificate of its own; huggingface-hub, and kleinctl with "
-        "it, reads SSL_CERT_FILE and not that variable. Without it, 1.x trusts nobody new, 2.x whom the system trusts.",
+        "Connections of this network seem to be signed by a certificate of its own. kleinctl reads both variables; "
+        "huggingface-hub reads SSL_CERT_FILE alone, and without it 1.x trusts nobody new, 2.x whom the system trusts.",
         f"export SSL_CERT_FILE={system.variables[bundle]}",
         name="tls-not-trusted",
         severity="warning",
         ref="B13",
         evidence=(Evidence("SSL_CERT_FILE", "unset", f"as {bundle}"),),
+        remedy=variable("SSL_CERT_FILE", system.variables[bundle]),
     )
 
 
@@ -391,6 +404,7 @@ def hf_transfer_left_over(environment: Environment, system: System) -> Problem |
         path=str(environment.python),
         ref="B15",
         evidence=(Evidence("HF_HUB_ENABLE_HF_TRANSFER", system.variables["HF_HUB_ENABLE_HF_TRANSFER"], "unset"),),
+        remedy=variable("HF_HUB_ENABLE_HF_TRANSFER"),
     )
 
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from kleinctl.checks import CouldNotCheck, check
-from kleinctl.checks.machine import chosen_card, known, without
+from kleinctl.checks.machine import chosen_card, known, variable, without
 from kleinctl.environment import Environment, data, numbers, torch_build, unfit_torch
 from kleinctl.facts.probe import PROBE_SECONDS, Probe
 from kleinctl.facts.system import System
-from kleinctl.hardware import Hardware
+from kleinctl.hardware import Hardware, Python
 from kleinctl.problem import Evidence, KleinctlError, Problem, Remedy, Severity
 
 #: Entries of the failure catalogue: what torch lacks for a card, and packages that do not go together.
@@ -87,7 +87,8 @@ def torch_for(hardware: Hardware) -> tuple[str, str]:
     The tag of the build (`+cu130`) makes pip change a torch that has the right version and another tag.
     """
     try:
-        build = torch_build(hardware, cuda=hardware.gpu is not None)
+        # Whatever Python runs kleinctl: packages are for another.
+        build = torch_build(replace(hardware, python=Python("unknown", "")), cuda=hardware.gpu is not None)
     except KleinctlError:
         return "", ""
     vision = f"0.{numbers(build.torch)[1] + VISION_AHEAD}.0"
@@ -217,11 +218,13 @@ def packages_clash(environment: Environment, hardware: Hardware) -> Iterator[Pro
 
 
 def _without(problem: Problem, environment: Environment, owners: Sequence[str]) -> Problem:
-    """klein does not need these packages; the way out is to do without."""
-    if environment.managed:
+    """klein does not need these packages; the way out is to do without. One that torch asks for is replaced."""
+    unwanted = " ".join(owner for owner in owners if owner in OPTIONAL)
+    if environment.managed or not unwanted:
         return replace(problem, severity="warning")
-    line = f'"{environment.python}" -s -m pip uninstall {" ".join(owners)}'
-    return replace(problem, severity="warning", fix=f"{line}   # klein does not need it", remedy=None)
+    line = f'"{environment.python}" -s -m pip uninstall {unwanted}   # klein does not need it'
+    remedy = Remedy("uninstall-packages", {"python": str(environment.python), "packages": unwanted}, "ask")
+    return replace(problem, severity="warning", fix=line, remedy=remedy)
 
 
 def _packages(name: str, clash: tuple[str, str, str, str], environment: Environment) -> str:
@@ -380,10 +383,13 @@ def packages_elsewhere(environment: Environment, hardware: Hardware) -> Problem 
         f"Mixed in are {mixed}; they may be of other versions than its own.",
         without("PYTHONPATH", hardware) if "PYTHONPATH" in environment.leaks else f'"{environment.python}" -s main.py',
         "warning",
+        variable("PYTHONPATH") if "PYTHONPATH" in environment.leaks else None,
     )
 
 
-def _elsewhere(environment: Environment, what: str, why: str, fix: str, severity: Severity) -> Problem:
+def _elsewhere(
+    environment: Environment, what: str, why: str, fix: str, severity: Severity, remedy: Remedy | None = None
+) -> Problem:
     return Problem(
         what,
         why,
@@ -393,6 +399,7 @@ def _elsewhere(environment: Environment, what: str, why: str, fix: str, severity
         path=str(environment.python),
         ref="A32",
         evidence=(Evidence(f"packages of {environment.python}", what, "its own packages, and no other's"),),
+        remedy=remedy,
     )
 
 
@@ -410,6 +417,7 @@ def python_home(hardware: Hardware, system: System) -> Problem | None:
         severity="warning",
         ref="A32",
         evidence=(Evidence("PYTHONHOME", value, "not set"),),
+        remedy=variable("PYTHONHOME"),
     )
 
 

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from kleinctl.checks import CouldNotCheck, check
+from kleinctl.checks import CouldNotCheck, check, remedies
+from kleinctl.environment import Environment
 from kleinctl.facts.comfyui import ComfyUI
 from kleinctl.facts.system import System, WslConfig
 from kleinctl.hardware import Gpu, Hardware
@@ -55,6 +56,11 @@ def with_arguments(comfyui: ComfyUI) -> ComfyUI:
     if not comfyui.arguments:
         raise CouldNotCheck(f"No script or setting says with which arguments {comfyui.name} is started.")
     return comfyui
+
+
+def variable(name: str, value: str = "") -> Remedy:
+    """Set a variable of the user's, or unset it."""
+    return Remedy("set-variable", {"name": name, "value": value}, "ask")
 
 
 def without(variable: str, hardware: Hardware) -> str:
@@ -252,7 +258,7 @@ def container_passes_the_card(hardware: Hardware, system: System) -> Problem | N
 
 
 @check("no-torch-build")
-def torch_is_made_for_it(hardware: Hardware) -> Problem | None:
+def torch_is_made_for_it(hardware: Hardware, environments: tuple[Environment, ...]) -> Problem | None:
     """There is a build of torch for the card, its driver and this Python."""
     from kleinctl.environment import torch_build
 
@@ -260,6 +266,8 @@ def torch_is_made_for_it(hardware: Hardware) -> Problem | None:
         torch_build(hardware, cuda=hardware.gpu is not None)
     except KleinctlError as error:
         found = error.problem
+        if found.remedy and any(each.managed and "torch" in each.packages for each in environments):
+            return None  # made from another Python
         return replace(
             found,
             name=_NO_BUILD.get(found.ref or "", found.name),
@@ -304,6 +312,7 @@ def card_hidden(hardware: Hardware, system: System) -> Problem | None:
         severity="warning" if shown else "error",
         ref="A15",
         evidence=(Evidence("CUDA_VISIBLE_DEVICES", value, "not set"),),
+        remedy=variable("CUDA_VISIBLE_DEVICES"),
     )
 
 
@@ -336,6 +345,7 @@ def several_cards(hardware: Hardware, system: System) -> Problem | None:
             severity="warning",
             ref="A15",
             evidence=(Evidence("CUDA_DEVICE_ORDER", order, "PCI_BUS_ID"),),
+            remedy=variable("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
         )
     return None
 
@@ -369,11 +379,12 @@ def mig_slice(hardware: Hardware, system: System) -> Problem | None:
         severity="warning",
         ref="A14",
         evidence=(Evidence("CUDA_VISIBLE_DEVICES", value, slice_.uuid),),
+        remedy=variable("CUDA_VISIBLE_DEVICES", slice_.uuid) if slice_.uuid else None,
     )
 
 
 @check("vram-taken")
-def vram_taken(hardware: Hardware) -> Problem | None:
+def vram_taken(hardware: Hardware, system: System) -> Problem | None:
     """Other programs leave the card most of its memory."""
     gpu = chosen_card(hardware)
     if not gpu.vram_bytes:
@@ -387,13 +398,19 @@ def vram_taken(hardware: Hardware) -> Problem | None:
     return Problem(
         f"{gib(gpu.vram_bytes - gpu.vram_free_bytes)} of {gpu.name}'s {gib(gpu.vram_bytes)} of VRAM are taken",
         said if named else "The driver does not say by whom.",
-        "close them, then: kleinctl doctor" if named else "nvidia-smi   # names programs, where it may; close them",
+        _close(named, system.serving),
         severity="warning",
         ref="A16",
         evidence=(
             Evidence("the NVIDIA driver (NVML)", f"{gib(gpu.vram_free_bytes)} free", f"{gib(0.75 * gpu.vram_bytes)}"),
         ),
     )
+
+
+def _close(named: str, serving: bool) -> str:
+    if serving:
+        return "kleinctl serve --free   # a model that kleinctl keeps warm may be among them; close the others"
+    return "close them, then: kleinctl doctor" if named else "nvidia-smi   # names programs, where it may; close them"
 
 
 def _held_by(gpu: Gpu) -> str:
@@ -438,9 +455,10 @@ def no_fp8_maths(hardware: Hardware, comfyui: ComfyUI) -> Problem | None:
         path=comfyui.path,
         ref="A18",
         evidence=(
-            Evidence("ComfyUI's arguments", " ".join(comfyui.arguments)),
+            Evidence(comfyui.script or "ComfyUI's arguments", " ".join(comfyui.arguments)),
             Evidence("the card's compute capability", gpu.compute_capability, "8.9"),
         ),
+        remedy=remedies.without_fp8_maths(comfyui),
     )
 
 
@@ -460,6 +478,7 @@ def cuda_malloc(hardware: Hardware, system: System) -> Problem | None:
         name="cuda-malloc-unsupported",
         ref="A29",
         evidence=(Evidence(asked, system.variables[asked], "no cudaMallocAsync"),),
+        remedy=variable(asked),
     )
 
 
@@ -621,6 +640,7 @@ def vc_runtime_missing(hardware: Hardware, system: System) -> Problem | None:
         severity="warning" if found else "error",
         ref="A20",
         evidence=(Evidence(r"HKLM\SOFTWARE\Microsoft\VisualStudio\14.0\VC\Runtimes\X64", found or "absent", wanted),),
+        remedy=Remedy("install-vc-runtime", {}, "ask"),
     )
 
 

@@ -51,7 +51,7 @@ def black_picture(finished_run: FinishedRun) -> Problem | None:
         what=f"the picture is {colour}" if len(empty) == 1 else f"{len(empty)} pictures are {colour}",
         why="So it is when the model computes with broken numbers (NaN): damaged weights, or a precision that the "
         "card or a flag such as --fp16-vae or --use-sage-attention does not bear.",
-        fix=f"kleinctl verify {finished_run.model}   # are its files whole? another seed may do as well",
+        fix="kleinctl doctor --deep --fix   # hashes the files and replaces a damaged one; another seed may do as well",
         severity="warning",
         ref="D07",
         evidence=(Evidence("the picture's pixels", colour, "more than one colour"),),

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from kleinctl.checks import CouldNotCheck, check, pairing
+from kleinctl.checks import CouldNotCheck, check, pairing, remedies
 from kleinctl.checks.comfyui import PARTS, gguf_problem, is_kv, older, update
 from kleinctl.facts.comfyui import ComfyUI, catalogue
 from kleinctl.facts.weights import FoundFile
@@ -167,7 +167,7 @@ def node_missing(workflow: Workflow, workflow_comfyui: ComfyUI) -> Iterator[Prob
     for node in seen.values():
         lack = _lack(node, workflow_comfyui)
         if lack:
-            why, fix = lack
+            why, fix, remedy = lack
             guessed = node.pack == "comfy-core" and node.type not in catalogue()["since"]
             yield Problem(
                 f"{workflow_comfyui.name} {'may lack' if guessed else 'has no'} node {node.type}",
@@ -177,11 +177,12 @@ def node_missing(workflow: Workflow, workflow_comfyui: ComfyUI) -> Iterator[Prob
                 path=workflow.path,
                 ref="E01",
                 evidence=(Evidence(f"node {node.id} of {_last(workflow.path)}", node.type, "a node that is there"),),
+                remedy=remedy,
             )
 
 
-def _lack(node: Node, comfyui: ComfyUI) -> tuple[str, str] | None:
-    """Why ComfyUI has no such node and what gives it one; None where it has it or nothing tells."""
+def _lack(node: Node, comfyui: ComfyUI) -> tuple[str, str, Remedy | None] | None:
+    """Why ComfyUI has no such node, what gives it one by hand, and by --fix; None where it has it or nothing tells."""
     known = catalogue()
     if node.type in known["core"] or node.type in comfyui.nodes:
         return None
@@ -189,13 +190,16 @@ def _lack(node: Node, comfyui: ComfyUI) -> tuple[str, str] | None:
     if since or node.pack == "comfy-core":
         told = f"since {since}" if since else f"and the workflow is from {node.pack_version}"
         why = f"It is one of ComfyUI's own {told}, no custom node; this is {comfyui.version}."
-        return (why, update(comfyui)) if older(comfyui.version, since or node.pack_version) else None
+        lacks = older(comfyui.version, since or node.pack_version)
+        return (why, update(comfyui), remedies.update(comfyui)) if lacks else None
     pack = next((each for each in known["pack"] if node.type in each["nodes"] or each["id"] == node.pack), None)
     title_, address = (pack["title"], pack["address"]) if pack else (node.pack, "")
     there = next((e for e in comfyui.custom_nodes if title_ and title_.lower() in (e.id, e.name.lower())), None)
     if there and (there.disabled or there.failure):
         why = "is switched off" if there.disabled else f"could not be imported ({there.failure.rstrip('.')})"
-        return f"{there.name}, which has it, {why}.", f"mend or switch on {there.name} in ComfyUI's Manager"
+        remedy = remedies.switch_node(comfyui, there) if there.disabled else None
+        fix = f"mend or switch on {there.name} in ComfyUI's Manager"
+        return f"{there.name}, which has it, {why}.", remedies.renaming(remedy) or fix, remedy
     if there or not (title_ or node.type in comfyui.sought or not comfyui.custom_nodes):
         return None
     fix = (
@@ -203,7 +207,8 @@ def _lack(node: Node, comfyui: ComfyUI) -> tuple[str, str] | None:
         if address
         else "install it with ComfyUI's Manager"
     )
-    return f"It is no node of ComfyUI's own, and {title_ or 'the custom node that has it'} is not installed.", fix
+    why = f"It is no node of ComfyUI's own, and {title_ or 'the custom node that has it'} is not installed."
+    return why, fix, remedies.install_node(comfyui, pack) if pack else None
 
 
 # The files that it names

@@ -19,6 +19,8 @@ COMMANDS = {
     "plan": "Predicted VRAM, RAM, disk and seconds for every backend.",
     "install": "Fetch and verify a model's files and build its environment.",
     "run": "Make pictures from a prompt.",
+    "serve": "Keep a model loaded, so that `run` starts at once.",
+    "bench": "Time and memory of this machine, as a table, a file and a picture.",
     "explain": "One problem: symptom, cause, how it is found, fix, sources.",
     "report": "One redacted file that lets support see what you see.",
     "triage": "Diagnose machines from their reports.",

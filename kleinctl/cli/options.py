@@ -25,6 +25,7 @@ backend = click.option("--backend", metavar="NAME", help="The backend; see `klei
 size = click.option("--size", metavar="WxH", help="Width and height in pixels; the nearest multiples of 16.")
 steps = click.option("--steps", type=click.IntRange(1, 200), help="Denoising steps.")
 guidance = click.option("--guidance", type=click.FloatRange(0, 30), help="Guidance scale (base models).")
+precision = click.option("--precision", metavar="NAME", help="Hold weights so, as in fp8, where the backend can.")
 vram_limit = click.option("--vram-limit", metavar="BYTES", help="Use no more VRAM than this, as in 12GiB.")
 ram_limit = click.option("--ram-limit", metavar="BYTES", help="Use no more RAM than this, as in 16GiB.")
 yes = click.option("--yes", "-y", is_flag=True, help="Answer every question with yes.")

@@ -13,7 +13,9 @@ from kleinctl.problem import OK, PROBLEMS
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from kleinctl.backends import Stage
     from kleinctl.hardware import Hardware
+    from kleinctl.planner import Candidate
 
 #: Sides of the square pictures that the table shows, in pixels.
 SIDES = (512, 1024, 1536, 2048)
@@ -23,6 +25,7 @@ SIDES = (512, 1024, 1536, 2048)
 @click.option("--gpu", metavar="NAME", help='Answer for this card instead, as in "RTX 4070 Ti SUPER"; "none" for none.')
 @click.option("--ram", metavar="BYTES", help="Answer for this much RAM; a bare number is GiB.")
 @options.together(options.model, options.backend, options.size, options.vram_limit, options.ram_limit, options.as_json)
+@click.option("-v", "--verbose", is_flag=True, help="Draw the stages of every backend, not of the chosen one alone.")
 def command(
     gpu: str | None,
     ram: str | None,
@@ -32,6 +35,7 @@ def command(
     vram_limit: str | None,
     ram_limit: str | None,
     as_json: bool,
+    verbose: bool,
 ) -> int:
     """Predicted VRAM, RAM, disk and seconds for every backend and size, here or on another machine."""
     from kleinctl.cli.steps import nearest_size
@@ -49,7 +53,9 @@ def command(
         for each in best(offers, models, hardware, {"width": width, "height": height})[0]:
             row = {"backend": each.backend, "model": each.model, "width": width, "height": height}
             rows.append({**row, "fit": each.fit.to_json(), "why_not": each.why_not})
-    _, choice = best(offers, models, hardware, dict(zip(("width", "height"), sizes[0], strict=True)) if size else {})
+    compared, choice = best(
+        offers, models, hardware, dict(zip(("width", "height"), sizes[0], strict=True)) if size else {}
+    )
     if as_json:
         output.print_json(
             {
@@ -61,6 +67,12 @@ def command(
         )
     else:
         show(hardware, rows, f"{choice.candidate.model}: {choice.why}" if choice else "Nothing would run.")
+        drawn = [each for each in compared if verbose or (choice and each == choice.candidate)]
+        for each in drawn:
+            show_stages(each, hardware, sizes[0] if size else None)
+        output.answer(f"\n{how_known(hardware)}")
+        for sentence in hardware.remarks:
+            output.answer(sentence)
     return OK if choice else PROBLEMS
 
 
@@ -89,9 +101,57 @@ def show(hardware: Hardware, rows: list[dict[str, Any]], why: str) -> None:
         output.console().print(_table(own))
         for reason in dict.fromkeys(row["why_not"] for row in own if row["why_not"]):
             output.answer(f"no: {reason}")
-    output.answer(f"\n{why}\nPredicted, not measured: arithmetic on sizes and the card's data sheet.")
-    for sentence in hardware.remarks:
-        output.answer(sentence)
+    output.answer(f"\n{why}")
+
+
+def how_known(hardware: Hardware) -> str:
+    """Where the seconds come from."""
+    rates = hardware.rates.of(hardware.gpu.name if hardware.gpu else None)
+    if rates.forward:
+        return f"Seconds go by rates measured on this machine ({rates.date}); memory is arithmetic on sizes."
+    measure = "`kleinctl bench --calibrate` measures this machine."
+    return f"Predicted, not measured: arithmetic on sizes and the card's data sheet. {measure}"
+
+
+def show_stages(candidate: Candidate, hardware: Hardware, size: tuple[Any, Any] | None) -> None:
+    """The stages of one picture as bars of VRAM, what each is made of, and its seconds; at most 80 columns."""
+    from kleinctl.memory import usable_vram
+    from kleinctl.units import gib
+
+    fit, card = candidate.fit, hardware.gpu
+    if not fit.stages or not fit.vram_bytes or card is None:
+        return
+    room = usable_vram(card)
+    where = f" at {size[0]}x{size[1]}" if size else ""
+    output.answer(f"\n{candidate.backend}{where}: VRAM in each stage, {gib(room)} can be used")
+    for stage in fit.stages:
+        output.answer(stage_line(stage, room, max(room, fit.vram_bytes)))
+    weights, working, context = marks()
+    output.answer(f"{'':9}{weights} weights  {working} activations  {context} CUDA context  | what can be used")
+
+
+#: Columns of a bar that is as long as the budget or the largest stage.
+BAR = 38
+
+
+def marks() -> tuple[str, str, str]:
+    """The characters of weights, activations and context: told apart by shape, in characters this console has."""
+    return ("█", "▒", "░") if output.can_show("█▒░") else ("#", "+", ":")
+
+
+def stage_line(stage: Stage, room: int, longest: int) -> str:
+    """`denoise  ███████▒▒░|      8.6 GiB    0.35 s`; the line across is the budget."""
+    from kleinctl.memory import CONTEXT_BYTES
+    from kleinctl.units import gib
+
+    parts = stage.weights_bytes, max(0, stage.vram_bytes - stage.weights_bytes - CONTEXT_BYTES)
+    ends = [round(BAR * sum(parts[: number + 1]) / longest) for number in range(2)]
+    ends.append(max(ends[-1], round(BAR * stage.vram_bytes / longest)))
+    lengths = [end - start for start, end in zip((0, *ends), ends, strict=False)]
+    bar = "".join(mark * length for mark, length in zip(marks(), lengths, strict=True)).ljust(BAR + 1)
+    at = round(BAR * room / longest)
+    over = "  too much" if stage.vram_bytes > room else ""
+    return f"{stage.name:8} {bar[:at]}|{bar[at:]} {gib(stage.vram_bytes):>9} {stage.seconds:7.2f} s{over}"
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

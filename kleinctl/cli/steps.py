@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kleinctl.cli import output
-from kleinctl.cli.progress import Bars
+from kleinctl.cli.progress import Bars, Pace
 from kleinctl.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from kleinctl.backends import Job
     from kleinctl.environment import Environment
-    from kleinctl.generate import Result
+    from kleinctl.generate import Event, OnEvent, Result, Step
     from kleinctl.hardware import Hardware
     from kleinctl.install import InstallPlan
     from kleinctl.manifest import Model
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 ASK_FROM = 10**9
 #: Parts below this many bytes are told in one line.
 SMALL = 2**20
+#: What is counted while a stage is done ahead for several pictures.
+AHEAD = {"encode": "prompts", "denoise": "pictures denoised"}
 WORDS = {"rehash": "checking what is here", "download": "fetching", "verify": "verifying", "done": "done"}
 
 
@@ -143,41 +145,63 @@ def make_pictures(
     outputs: Sequence[Path],
     executor: Any,
     asked: tuple[int, int] | None = None,
+    *,
+    origins: Sequence[str] = (),
 ) -> Result:
     """Run the jobs, with a bar for the stage and one for the pictures; what is odd is told before and after.
 
-    `asked` is the size that was typed, before it was rounded.
+    `asked` is the size that was typed, before it was rounded. `origins` is where each job of a batch stands (see
+    `generate.Request`), of which it has been told already what is odd.
     """
     from kleinctl import road
     from kleinctl.checks.run import run_problems
     from kleinctl.facts.run import finished_run
-    from kleinctl.generate import Finished
 
-    before = job_problems(way, hardware, jobs[0], asked, environment)
+    before = [] if origins else job_problems(way, hardware, jobs[0], asked, environment)
     output.show_problems(before)
     device = hardware.gpu.name if where.cuda and hardware.gpu else "the CPU"
     output.heading(f"{way.model.name} with {way.backend.name} on {device}")
     if way.model.note:
         output.remark(way.model.note)
     with Bars() as bars:
-        if len(jobs) > 1:
-            bars.show("all", "pictures", 0, len(jobs))
-        bars.show("stage", "starting the worker", 0, None)
-
-        def show(event: Any) -> None:
-            if isinstance(event, Finished):
-                bars.show("all", "pictures", event.number, event.count)
-                seconds = seconds_text(sum(event.image.seconds.values()))
-                bars.remark(f"  {event.image.path.name}: seed {event.image.job.seed}, {seconds}")
-            else:
-                bars.show("stage", event.stage, event.done, event.total)
-
-        result = road.pictures(way, environment, where, hardware, jobs, outputs, show, executor)
+        show = shown_on(bars, len(jobs))
+        result = road.pictures(way, environment, where, hardware, jobs, outputs, show, executor, origins)
     for remark in result.remarks:
         output.remark(f"warning: {remark}")
-    after = run_problems(finished_run(result, way.candidate.fit, where.device), hardware)
+    after = run_problems(finished_run(result, way.candidate.fit, where.device), hardware) if result.images else []
     output.show_problems(after)
     return replace(result, problems=(*before, *after))
+
+
+def shown_on(bars: Bars, count: int) -> OnEvent:
+    """What shows the events of a run of `count` pictures: a bar for the stage, and one for several pictures."""
+    from kleinctl.generate import Failure, Step
+
+    pace = Pace(count)
+    if count > 1:
+        bars.show("all", "pictures", 0, count)
+    bars.show("stage", "starting the worker", 0, None)
+
+    def show(event: Event) -> None:
+        pace.hear(event)
+        if isinstance(event, Step):
+            bars.show("stage", stage_text(event), event.done, event.total)
+            return
+        bars.show("all", "pictures", event.number, count, pace.note)
+        if isinstance(event, Failure):
+            output.show_problem_line(event.problem, output.err_console())
+        else:
+            seconds = seconds_text(sum(event.image.seconds.values()))
+            bars.remark(f"  {event.image.path.name}: seed {event.image.job.seed}, {seconds}")
+
+    return show
+
+
+def stage_text(step: Step) -> str:
+    """What is being done: `denoise`, of several pictures `picture 3 of 16: denoise`, ahead for several `prompts`."""
+    if step.number and step.count > 1:
+        return f"picture {step.number} of {step.count}: {step.stage}"
+    return step.stage if step.number else AHEAD.get(step.stage, step.stage)
 
 
 def job_problems(
@@ -210,8 +234,8 @@ def show_misfit(error: KleinctlError, model: Model, hardware: Hardware, changes:
 def nearest_size(text: str | None) -> tuple[int | None, int | None, tuple[int, int] | None]:
     """`--size` as width and height that can be drawn, and as it was typed; or nothing."""
     from kleinctl.cli import options
-    from kleinctl.facts.run import asked_size
-    from kleinctl.facts.run import nearest_size as nearest
+    from kleinctl.units import asked_size
+    from kleinctl.units import nearest_size as nearest
 
     if not text:
         return None, None, None

@@ -45,9 +45,9 @@ def command(models: tuple[str, ...], environments: bool, everything: bool, yes: 
     for name in gone:
         environment.remove(name)
     if everything:  # settings and manifests of the user's own stay
-        for name in ("downloads", "quarantine", "logs", "journal"):
+        for name in ("downloads", "quarantine", "logs", "journal", "pythons", "cache"):
             shutil.rmtree(home() / name, ignore_errors=True)
-        for name in ("verified.json", "licences.json", "install.lock", "disabled-plugins.txt"):
+        for name in ("verified.json", "licences.json", "install.lock", "serve.lock", "disabled-plugins.txt"):
             (home() / name).unlink(missing_ok=True)
     document: dict[str, Any] = {
         "schema": "kleinctl.uninstall/1",

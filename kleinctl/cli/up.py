@@ -65,7 +65,7 @@ def command(
     way, plan = choose(plugins, limit, model, backend, changes, allow_unverified, accept=accept_licence or yes)
     jobs = jobs_of(way.model, changes, 1)
     outputs = generate.choose_outputs(jobs, out)
-    generate.prepare_outputs(jobs, outputs)
+    generate.check_outputs(outputs)
     where = road.place(way, limit)
     steps.show_files(plan)
     steps.show_environment(way, where, hardware)

@@ -44,7 +44,7 @@ class Facts:
 
     def once(self) -> dict[str, Any]:
         """The facts that exist once, by the names that checks ask for them with."""
-        return {name: getattr(self, name) for name in ("hardware", "system", "hub_cache", "files")}
+        return {name: getattr(self, name) for name in ("hardware", "system", "hub_cache", "files", "environments")}
 
     def scenes(self) -> Iterator[Mapping[str, Any]]:
         """The facts that come several times, each with what belongs to it. A check runs for each scene it can read."""

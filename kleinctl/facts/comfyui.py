@@ -41,6 +41,8 @@ ENDINGS = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pt2", ".pth", ".bi
 MAX_SMALL, MAX_LOG, MAX_CODE, MAX_FILES, MAX_LEVELS = 2**18, 2**19, 2**25, 4000, 8
 #: An `extra_model_paths.yaml` has a page of text, and no brackets; its parser takes long for more.
 MAX_YAML, MAX_BRACKETS = 2**15, 100
+#: What the section is called that names a models folder which the arguments lead away from.
+OWN = "own_models"
 #: The longest text that facts carry in a report.
 MAX_FACT = 2000
 
@@ -84,7 +86,8 @@ class ComfyUI:
     node types of `sought` that its custom nodes have. `environment` names its Python (`python`) among the
     environments. `log` is its newest log's path, `dynamic_vram` whether that says it is on.
     `folders` are the folders that are searched for each kind, `files` the names that its loaders list, and `unread`
-    weights in its own `models` that it does not read, because its arguments name another folder.
+    weights in its own `models` that it does not read, because its arguments name another folder: then `yaml_patch` has
+    the lines that name it too. `script` is the file that has the arguments, and `git` tells a git checkout.
     """
 
     name: str
@@ -107,6 +110,8 @@ class ComfyUI:
     python: str | None = None
     dynamic_vram: bool | None = None
     sought: tuple[str, ...] = ()
+    script: str | None = None
+    git: bool = False
 
     def argument(self, flag: str) -> str | None:
         """What follows `flag` among the arguments; an empty string where nothing does, None where it is absent."""
@@ -243,7 +248,7 @@ class _Reading:
 
     def __init__(self, given: Path, layout: str, root: Path, settings: Path) -> None:
         self.given, self.layout, self.root, self.settings = given, layout, root, settings
-        self.arguments = self._arguments()
+        self.script, self.arguments = self._start()
         self.base = self._named("--base-directory") or root
         self.models = self._named("--models-directory") or (root if layout == "models" else self.base / "models")
 
@@ -258,6 +263,16 @@ class _Reading:
         python = self._python()
         broken = next((one for one in extra if one.error), None)
         lacking = [(one, each) for one in extra for each in one.unlisted(folders)]
+        unread = self._unread(folders)
+        if broken:
+            file, patch = str(broken.file), broken.mended()
+        elif lacking:
+            file, patch = str(lacking[0][0].file), lacking[0][0].with_lines(lacking)
+        elif unread and self.layout in ("checkout", "portable"):
+            own = self.root / "extra_model_paths.yaml"
+            file, patch = str(own), _with_folder(own, self.root / "models", unread)
+        else:
+            file, patch = str(extra[0].file) if extra else "", ()
         return ComfyUI(
             name=self.given.name or self.root.name,
             path=str(self.root),
@@ -265,8 +280,8 @@ class _Reading:
             layout=self.layout,
             extra_paths=named[:MAX_FILES],
             yaml_error=broken.error if broken else "",
-            yaml_file=str((broken or (lacking[0][0] if lacking else extra[0])).file) if extra else "",
-            yaml_patch=broken.mended() if broken else lacking[0][0].with_lines(lacking) if lacking else (),
+            yaml_file=file,
+            yaml_patch=patch,
             unlisted=tuple(each for _, each in lacking),
             custom_nodes=tuple(_custom_nodes(nodes, {_last(path): why for path, why in failures.items()}))[:MAX_FILES],
             arguments=self.arguments,
@@ -276,7 +291,9 @@ class _Reading:
             dynamic_vram=_dynamic_vram(said),
             folders={kind: tuple(paths) for kind, paths in folders.items()},
             files=_listings(folders),
-            unread=self._unread(folders),
+            unread=unread,
+            script=str(self.script) if self.script else None,
+            git=(self.root / ".git").exists(),
         )
 
     def _named(self, flag: str) -> Path | None:
@@ -285,15 +302,16 @@ class _Reading:
         start = self.root.parent if self.layout == "portable" else self.root
         return Path(os.path.normpath(start / value)) if value else None
 
-    def _arguments(self) -> tuple[str, ...]:
-        if self.layout == "base-directory":
-            return _desktop_arguments(self.root / "user" / "default" / "comfy.settings.json")
+    def _start(self) -> tuple[Path | None, tuple[str, ...]]:
+        """The file that says how it is started, and the arguments in it."""
         if self.layout == "models":
-            return ()
+            return None, ()
         scripts = [*self.root.glob("*.bat"), *self.root.glob("*.sh")]
         scripts += self.root.parent.glob("*.bat") if self.layout == "portable" else []
-        found = ((path, _script_arguments(_text(path))) for path in sorted(scripts, key=_likely)[:30])
-        return next((arguments for _, arguments in found if arguments is not None), ())
+        if self.layout == "base-directory":
+            scripts = [self.root / "user" / "default" / "comfy.settings.json"]
+        found = ((path, arguments_in(path.name, _text(path))) for path in sorted(scripts, key=_likely)[:30])
+        return next(((path, arguments) for path, arguments in found if arguments is not None), (None, ()))
 
     def _configs(self) -> list[Path]:
         """The files with more model paths that would be read."""
@@ -366,13 +384,18 @@ def _script_arguments(script: str) -> tuple[str, ...] | None:
     return None
 
 
-def _desktop_arguments(settings: Path) -> tuple[str, ...]:
+def arguments_in(name: str, text: str) -> tuple[str, ...] | None:
+    """The arguments that a start script passes on, or the Desktop app's settings; None where `text` is neither."""
+    return _desktop_arguments(text) if name.endswith(".json") else _script_arguments(text)
+
+
+def _desktop_arguments(settings: str) -> tuple[str, ...] | None:
     """The server's arguments among the Desktop app's settings."""
     try:
-        found = json.loads(_text(settings) or "{}").get("Comfy.Server.LaunchArgs", {})
+        found = json.loads(settings).get("Comfy.Server.LaunchArgs", {})
         pairs = [(str(key), str(value)) for key, value in found.items()]
     except (ValueError, AttributeError, RecursionError):
-        return ()
+        return None
     return tuple(word for key, value in pairs[:50] for word in (f"--{key}", value[:500]) if word)
 
 
@@ -505,6 +528,21 @@ class _Yaml:
                 return ()
             lines.insert(found.line, f"{indent}{found.kind}: {os.path.relpath(found.path, base)}".replace("\\", "/"))
         return _lines(lines)
+
+
+def _with_folder(file: Path, models: Path, weights: Iterable[str]) -> tuple[str, ...]:
+    """The text of `file` with a section for the folder `models`, which has these `weights`; none where it has one."""
+    text = _text(file)
+    lines = text.splitlines()
+    if "\ufffd" in text or any(line.startswith(f"{OWN}:") for line in lines):
+        return ()
+    used = dict.fromkeys(Path(path).relative_to(models).parts[0] for path in weights)
+    named = {kind: [name for name in names if name in used] for kind, names in KINDS.items()}
+    base = "'" + str(models).replace("'", "''") + "'"
+    section = [f"{OWN}:", f"    base_path: {base}"]
+    for kind, names in named.items():
+        section += [f"    {kind}: |", *(f"        {name}" for name in names)] if names else []
+    return _lines([*lines, *section])
 
 
 def _lines(lines: list[str]) -> tuple[str, ...]:

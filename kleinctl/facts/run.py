@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kleinctl.pictures import reference
+from kleinctl.units import SQUARE
 from kleinctl.worker.protocol import NO_PIXELS, NO_USE, Pixels, PromptCut, StageUse
 
 if TYPE_CHECKING:
     from kleinctl.backends import Fit, Job
     from kleinctl.generate import Image, Result
 
-#: The model works on squares of so many pixels a side; each is one token.
-SQUARE = 16
-#: The longest side of five digits, which is refused for what it is.
-LONGEST = 99_999 // SQUARE * SQUARE
 #: `(red hair:1.3)`: weights as other programs read them. Text before the colon ends in no digit, so that `(at 12:30)`
 #: and `(16:9)` are none.
 _WEIGHT = re.compile(r"\([^()]{0,80}[^\d\s():]\s?:\s?\d(?:\.\d{1,2})?\)")
@@ -132,21 +129,3 @@ def _picture(image: Image) -> FinishedPicture:
         prompt_cut=image.prompt_cut,
         tiling=image.tiling,
     )
-
-
-def nearest_size(text: str) -> str:
-    """A picture size as it is typed (`1000x700`), with each side at the nearest multiple of 16 that can be drawn."""
-
-    def nearest(side: re.Match[str]) -> str:
-        pixels = int(side[0])
-        return str(min(max(SQUARE, round(pixels / SQUARE) * SQUARE), LONGEST) if pixels else 0)
-
-    if not re.fullmatch(r"\d{1,5}(\D\d{1,5})?", text.strip()):
-        return text  # what reads it says what is wrong, in the user's own words
-    return re.sub(r"\d{1,5}", nearest, text)
-
-
-def asked_size(text: str) -> tuple[int, int]:
-    """Width and height in a size that has been read without complaint, as they were typed."""
-    sides: Sequence[str] = re.findall(r"\d+", text)
-    return int(sides[0]), int(sides[-1])

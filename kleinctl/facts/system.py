@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kleinctl.hardware.facts import text_of
-from kleinctl.home import downloads_folder, home
+from kleinctl.home import downloads_folder, home, server_file
 
 #: The variables that change what happens, by name or by how the name starts.
 VARIABLES = set(
@@ -103,7 +103,7 @@ class System:
     `oom_kills` counts processes of this control group that the kernel has killed for memory. `vc_runtime` is the
     version of the Visual C++ runtime ("": there is none), `long_paths` whether Windows allows paths over 260
     characters, `symlinks` whether this user may make them. `part_files_bytes` is what unfinished downloads of kleinctl
-    take.
+    take. `serving`: `kleinctl serve` keeps a model here.
     """
 
     home: str = ""
@@ -122,6 +122,7 @@ class System:
     symlinks: bool | None = None
     part_files_bytes: int = 0
     servers: tuple[LocalServer, ...] = ()
+    serving: bool = False
 
 
 def gather(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> System:
@@ -138,6 +139,7 @@ def gather(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> S
         oom_kills=oom_kills(),
         part_files_bytes=folder_bytes(downloads_folder()),
         servers=servers(PORTS),
+        serving=server_file().exists(),
         **system,
     )
 

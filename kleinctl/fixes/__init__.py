@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from kleinctl import journal
-from kleinctl.fixes import files, packages, texts
+from kleinctl.fixes import comfyui, files, packages, snapshots, texts, variables, windows
 from kleinctl.fixes.request import Plan, Request, for_all
 from kleinctl.journal import Progress, silent
 from kleinctl.problem import KleinctlError, Problem, did_you_mean
@@ -25,8 +25,19 @@ __all__ = ["ACTIONS", "Outcome", "Plan", "carry_out", "document", "fix", "plan"]
 
 #: Every action, in the order in which they are done: environments and settings, room on the disk, files, workflows.
 ACTIONS: dict[str, Callable[[Request], Plan]] = {
+    "install-vc-runtime": windows.install_vc_runtime,
     "rebuild-environment": packages.rebuild_environment,
+    "build-environment": packages.build_environment,
     "install-packages": packages.install_packages,
+    "update-comfyui": comfyui.update_comfyui,
+    "install-node": comfyui.install_node,
+    "update-node": comfyui.update_node,
+    "switch-node": comfyui.switch_node,
+    "edit-start-script": comfyui.edit_start_script,
+    "free-comfyui": comfyui.free_comfyui,
+    "uninstall-packages": packages.uninstall_packages,
+    "set-variable": variables.set_variable,
+    "install-model": files.install_model,
     "set-config": texts.set_config,
     "write-text": texts.write_text,
     "remove-partial-downloads": files.remove_partial_downloads,
@@ -34,6 +45,8 @@ ACTIONS: dict[str, Callable[[Request], Plan]] = {
     "move-file": files.move_file,
     "replace-file": files.replace_file,
     "fetch-part": files.replace_file,
+    "complete-snapshot": snapshots.complete_snapshot,
+    "share-file": files.share_file,
     "edit-workflow": texts.edit_workflow,
 }
 

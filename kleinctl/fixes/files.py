@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,10 @@ from kleinctl import store
 from kleinctl.fixes.request import DISK_RATE, LINE_RATE, Plan, Request, move_by_hand, shell
 from kleinctl.fixes.texts import WRITABLE_NAMES
 from kleinctl.home import downloads_folder, home, quarantine_folder
-from kleinctl.journal import Moved, Progress, Put, Record, Seen, missing_folders
+from kleinctl.journal import Made, Moved, Progress, Put, Record, Seen, Shared, missing_folders
 from kleinctl.problem import KleinctlError
 from kleinctl.units import bytes_text
+from kleinctl.verify import hash_file
 
 if TYPE_CHECKING:
     from kleinctl.install import InstallPlan, Step
@@ -123,6 +125,38 @@ def _by_hand(model: Model, part: Part, path: Path, kept: Path | None) -> tuple[s
     return (*away, shell("curl", "-L", "-o", path, url), shell("kleinctl", "identify", path))
 
 
+# A whole model
+
+
+def install_model(request: Request) -> Plan:
+    """`install-model`: the files of a model, to kleinctl's own folder."""
+    from kleinctl import install
+
+    model = request.plugins.model(request.text("model"))
+    layout = request.text("layout")
+    if layout not in model.layouts:
+        raise request.refuse(f"{model.name} has no layout {layout[:80]!r}")
+    plan = install.plan_files(model, layout)
+    for problem in plan.problems:
+        if problem.severity == "error":
+            raise KleinctlError(problem)
+    new = not plan.folder.exists()
+
+    def work(record: Record, progress: Progress) -> None:
+        step, fetch = Made("made", str(plan.folder)), partial(install.install_files, plan, progress)
+        record.perform(step, fetch) if new else fetch()
+
+    return request.plan(
+        f"install {model.name} for {layout} to {plan.folder}: {len(plan.steps)} files, each with its sha256 checked",
+        work=work,
+        commands=(shell("kleinctl", "install", "--model", model.name),),
+        fetch_bytes=plan.fetch_bytes,
+        disk_bytes=plan.disk_bytes,
+        seconds=plan.fetch_bytes / LINE_RATE + plan.disk_bytes / DISK_RATE,
+        why_not_undoable="" if new else f"A part of it was there before: kleinctl uninstall {model.name}",
+    )
+
+
 # Out of the way
 
 
@@ -195,6 +229,55 @@ def _moving(request: Request, step: Moved, sentence: str, reason: dict[str, Any]
         disk_bytes=size,
         seconds=2 * size / DISK_RATE,
     )
+
+
+# One file under two names
+
+
+def share_file(request: Request) -> Plan:
+    """`share-file`: a file becomes another name (a hard link) of one with the same bytes."""
+    path, other = (_file_behind(request, name) for name in ("path", "with"))
+    if store.disk(path.parent) != store.disk(other.parent):
+        raise request.refuse(f"{path} and {other} are on two disks, and a file has its names on one")
+    size = path.stat().st_size
+    if path.samefile(other) or size != other.stat().st_size:
+        raise request.refuse(f"{path} and {other} are not two files of one length")
+    before = Seen.of(path)
+
+    def work(record: Record, progress: Progress) -> None:
+        hashes = []
+        for each in (path, other):
+            progress(f"reading {each}")
+            hashes.append(hash_file(each))
+        if hashes[0] != hashes[1]:
+            raise request.refuse(f"{path} and {other} have different contents")
+        if Seen.of(path) != before:
+            raise request.refuse(f"{path} was changed meanwhile")
+        record.perform(Shared("shared", str(path), str(other), hashes[0], before))
+        for each in (path, other):
+            store.Stamps().put(each, hashes[0])
+
+    return request.plan(
+        f"compare the sha256 of {path} and {other}",
+        f"make {path} another name of {other} (a hard link), which frees {bytes_text(size)}; "
+        "what changes one in place changes both",
+        work=work,
+        commands=(_link_by_hand(path, other),),
+        seconds=2 * size / DISK_RATE,
+        outside=True,
+    )
+
+
+def _file_behind(request: Request, name: str) -> Path:
+    """The file that an argument names; of a link, the one it leads to."""
+    path = request.path(name)
+    if not path.is_file():
+        raise request.refuse(f"{path} is not there")
+    return path.resolve()
+
+
+def _link_by_hand(path: Path, other: Path) -> str:
+    return f'del "{path}" && mklink /H "{path}" "{other}"' if os.name == "nt" else shell("ln", "-f", other, path)
 
 
 # Unfinished downloads

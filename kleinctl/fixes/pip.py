@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kleinctl.environment import inspect
-from kleinctl.environment_build import _CREDENTIALS, _HINTS
+from kleinctl.environment_build import _CREDENTIALS, _HINTS, trusting
 from kleinctl.home import offline
 from kleinctl.journal import Progress
 from kleinctl.problem import KleinctlError, Problem
@@ -43,7 +43,19 @@ def pip(
     """
     first, *rest = arguments
     words = command(python, first, "--no-input" if first == "install" else "-y", *rest, *_no_index(first))
-    variables = {name: value for name, value in os.environ.items() if name not in MISLEADING}
+    status, last = run(words, log, progress, longest)
+    if status:
+        raise _failed(python, [*last, f"pip ended with exit code {status}"], log)
+
+
+def run(
+    words: tuple[str, ...], log: Path, progress: Progress, longest: float = LONGEST_SECONDS
+) -> tuple[int, list[str]]:
+    """Run a program to its end, every line into `log`, for at most `longest` seconds. Its exit status and last words.
+
+    A program that cannot be started has the status 127, as in a shell.
+    """
+    variables = trusting() | {name: value for name, value in os.environ.items() if name not in MISLEADING}
     variables |= {"PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONUTF8": "1"}
     last: deque[str] = deque(maxlen=20)
     with log.open("a", encoding="utf-8") as written:
@@ -60,7 +72,7 @@ def pip(
                 cwd=log.parent,  # `-m` looks for modules here first, and nobody else writes here
             )
         except OSError as error:
-            raise _failed(python, [f"{error.strerror}: {python}"], log) from None
+            return 127, [f"{error.strerror}: {words[0]}"]
         with child:
             timer = threading.Timer(longest, child.kill)
             timer.start()
@@ -74,8 +86,7 @@ def pip(
                 raise
             finally:
                 timer.cancel()
-    if child.returncode:
-        raise _failed(python, [*last, f"pip ended with exit code {child.returncode}"], log)
+    return child.returncode, list(last)
 
 
 def _no_index(first: str) -> tuple[str, ...]:

@@ -20,6 +20,8 @@ from kleinctl.store import inside, writing
 #: What a fix may write: settings, never something that is run.
 WRITABLE = (".yaml", ".yml", ".json", ".toml", ".ini", ".cfg", ".conf", ".txt")
 WRITABLE_NAMES = (".wslconfig",)
+#: Tables of `config.toml` that are no command's.
+NO_COMMANDS = ("hub",)
 #: Bytes that a file to be changed may have: those of a large workflow.
 MAX_BYTES = 20 * 2**20
 #: Lines that may change: they are shown before anybody says yes.
@@ -81,6 +83,7 @@ def _writing(request: Request, path: Path, text: str, sentences: tuple[str, ...]
 
 
 def _read_bytes(request: Request, path: Path) -> bytes | None:
+    """What is in a file that is to be changed; None where there is none."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise request.refuse(f"{path} is too large")
@@ -139,7 +142,8 @@ def set_config(request: Request) -> Plan:
             f"{path} is written in a way that kleinctl cannot change; add {key} = {literal} to [{table}]"
         )
     sentence = f"set {key} = {literal} below [{table}] in {path}"
-    return _writing(request, path, text, (sentence,), shell("kleinctl", table, f"--{key}", value))
+    by_hand = shell("kleinctl", table, f"--{key}", value)
+    return _writing(request, path, text, (sentence,), *(() if table in NO_COMMANDS else (by_hand,)))
 
 
 def with_setting(text: str, table: str, key: str, literal: str) -> str:

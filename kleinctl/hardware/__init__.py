@@ -25,8 +25,10 @@ from kleinctl.hardware.facts import (
 )
 from kleinctl.hardware.nvml import LiveNvml, RecordedNvml, gpus_from_nvml
 from kleinctl.hardware.packages import packages_in
+from kleinctl.hardware.rates import NO_RATES, Rates, Speed, current
 
 __all__ = [
+    "NO_RATES",
     "Disk",
     "Gpu",
     "GpuProcess",
@@ -39,7 +41,9 @@ __all__ = [
     "Package",
     "Performance",
     "Python",
+    "Rates",
     "RecordedNvml",
+    "Speed",
     "detect",
     "gpus_from_nvml",
     "imagine",
@@ -64,12 +68,15 @@ def detect(home: Path | None = None) -> Hardware:
         _Question("the system", _system, OTHER_SECONDS),
         _Question("other GPUs", _other_gpus, OTHER_SECONDS),
         _Question("Python packages", _python, OTHER_SECONDS),
+        _Question("the calibration", partial(_rates, home), OTHER_SECONDS),
     ]
     facts: dict[str, Any] = {"nvml": NvmlState("error", "no answer")}
     for question in questions:
         facts |= question.answer()
     remarks = tuple(question.remark for question in questions if question.remark)
-    return _agreed(Hardware(**facts, remarks=remarks))
+    found = _agreed(Hardware(**facts, remarks=remarks))
+    rates, why_not = current(found)
+    return replace(found, rates=rates, remarks=(*remarks, why_not) if why_not else remarks)
 
 
 class _Question(threading.Thread):
@@ -134,6 +141,13 @@ def _python() -> dict[str, Any]:
     from kleinctl.hardware.packages import python_facts
 
     return python_facts()
+
+
+def _rates(home: Path | None) -> dict[str, Any]:
+    from kleinctl.hardware.rates import facts
+    from kleinctl.home import home as own_home
+
+    return facts(home or own_home())
 
 
 def _agreed(hardware: Hardware) -> Hardware:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kleinctl.hardware.facts import Gpu, Hardware, NvmlState
+from kleinctl.hardware.rates import NO_RATES
 from kleinctl.problem import Misuse, Problem
 from kleinctl.units import GIB, MIB
 
@@ -33,7 +34,8 @@ class Performance:
     """A card's rates as its data sheet has them, dense, at boost clock.
 
     `bf16_tflops` is with fp32 accumulation, and 0 where the card has no bf16; `memory_gb_s` is in 10^9 bytes a
-    second. `estimated` is true for a card the catalogue does not have.
+    second. `convolution_share` is how much of that the VAE's convolutions reach, which depends on the architecture.
+    `estimated` is true for a card the catalogue does not have.
     """
 
     fp32_tflops: float
@@ -41,6 +43,7 @@ class Performance:
     memory_gb_s: float
     pcie_generation: int
     pcie_width: int
+    convolution_share: float = 0.4
     estimated: bool = False
 
     @property
@@ -79,12 +82,14 @@ def cards() -> tuple[Card, ...]:
         import tomli as tomllib
 
     text = (Path(__file__).parent.parent / "gpus.toml").read_text(encoding="utf-8")
-    return tuple(_card(entry) for entry in tomllib.loads(text)["cards"])
+    document = tomllib.loads(text)
+    return tuple(_card(entry, document["convolution_share"]) for entry in document["cards"])
 
 
-def _card(entry: dict[str, Any]) -> Card:
+def _card(entry: dict[str, Any], shares: dict[str, float]) -> Card:
     generation, width = map(int, entry["pcie"].split("x"))
-    rates = Performance(entry["fp32_tflops"], entry["bf16_tflops"], entry["memory_gb_s"], generation, width)
+    share = shares.get(entry["capability"].split(".")[0], shares["other"])
+    rates = Performance(entry["fp32_tflops"], entry["bf16_tflops"], entry["memory_gb_s"], generation, width, share)
     return Card(entry["name"], entry["capability"], entry["vram_mib"] * MIB, rates, tuple(entry.get("also", ())))
 
 
@@ -123,7 +128,7 @@ def imagine(gpu_name: str | None, ram_bytes: int | None, base: Hardware | None =
     if gpu_name is not None:
         card, remark = find_card(gpu_name)
         remarks += [remark] if remark else []
-        machine = replace(machine, gpus=(_unused(card),), nvml=NvmlState("ok", "imagined"))
+        machine = replace(machine, gpus=(_unused(card),), nvml=NvmlState("ok", "imagined"), rates=NO_RATES)
     if ram_bytes is not None:
         free = max(ram_bytes - DESKTOP_RAM, ram_bytes // 2)
         machine = replace(machine, ram_bytes=ram_bytes, ram_available_bytes=free, ram_limit_source=None)

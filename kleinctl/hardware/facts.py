@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kleinctl import documents
+from kleinctl.hardware.rates import NO_RATES, Rates
 
 if TYPE_CHECKING:
     from kleinctl.hardware.catalogue import Performance
@@ -181,8 +182,9 @@ class Hardware:
 
     RAM sizes honour the limits of the control group (container, batch job, systemd slice) that kleinctl runs in;
     `ram_limit_source` is the file that sets the limit. `commit_free_bytes` is what Windows will still promise to
-    programs, RAM and paging file together. `disk_free_bytes` is that of the disk for models. `remarks` are sentences
-    about questions that had no answer, or about what was assumed.
+    programs, RAM and paging file together. `disk_free_bytes` is that of the disk for models. `rates` are what
+    `kleinctl bench --calibrate` measured. `remarks` are sentences about questions that had no answer, or about what was
+    assumed.
     """
 
     gpus: tuple[Gpu, ...] = ()
@@ -205,6 +207,7 @@ class Hardware:
     cpu_count: int = 1
     python: Python = Python("unknown", "unknown")
     packages: Mapping[str, Package] = field(default_factory=dict)
+    rates: Rates = NO_RATES
     remarks: tuple[str, ...] = ()
 
     @property

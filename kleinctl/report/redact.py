@@ -48,7 +48,8 @@ Match = re.Match[str]
 #: The facts of hardware that a report has. What is not named here stays out until somebody has thought about it.
 HARDWARE = {
     "Hardware": """gpus other_gpus nvml ram_bytes ram_available_bytes ram_limit_source swap_bytes commit_free_bytes
-        disk_free_bytes disks platform os kernel wsl container machine cpu cpu_count python packages remarks""",
+        disk_free_bytes disks platform os kernel wsl container machine cpu cpu_count python packages remarks
+        rates""",
     "Gpu": """name compute_capability vram_bytes vram_free_bytes driver cuda_driver pcie_generation pcie_generation_now
         pcie_width pcie_width_now display_active mig processes hidden power_limit_watts power_default_watts throttled
         temperature_celsius""",
@@ -60,6 +61,9 @@ HARDWARE = {
     "Disk": "path free_bytes total_bytes filesystem hard_links max_file_bytes rotational network",
     "Python": "version executable bits venv",
     "Package": "version location cuda",
+    "Rates": """card driver cpu model date pinned pageable back disk disk_note cached encode forward decode save_seconds
+        start_seconds""",
+    "Speed": "size flops",
 }
 #: The facts of hardware that are known to tell who somebody is.
 LEFT_OUT = {"Gpu": "uuid"}

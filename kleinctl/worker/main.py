@@ -26,7 +26,22 @@ from kleinctl.problem import KleinctlError, Problem
 from kleinctl.worker import die_with_parent, protocol
 from kleinctl.worker.device import Device, open_device, peak_rss_bytes, rss_bytes
 from kleinctl.worker.looks import pixels_of, prompt_cut
-from kleinctl.worker.protocol import Close, Failed, Generate, Hello, Load, Loaded, Made, Message, Progress, StageUse
+from kleinctl.worker.protocol import (
+    Calibrate,
+    Calibrated,
+    Close,
+    Failed,
+    Generate,
+    Hello,
+    Load,
+    Loaded,
+    Made,
+    Message,
+    Prepare,
+    Prepared,
+    Progress,
+    StageUse,
+)
 
 #: Packages whose versions go into a picture's record.
 RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "pillow")
@@ -147,8 +162,12 @@ class Worker:
         try:
             if isinstance(request, Load):
                 return self.load(request)
+            if isinstance(request, Prepare):
+                return self.prepare(request)
             if isinstance(request, Generate):
                 return self.generate(request)
+            if isinstance(request, Calibrate):
+                return self.calibrate(request)
             raise ValueError("the worker was asked something it does not know")
         except KleinctlError as error:
             traceback.print_exc()
@@ -163,8 +182,11 @@ class Worker:
             self._line.send, lambda: self._device.synchronize(), "load", lambda: self._device.measure()
         )
         backend = _backend(request.plugin, request.backend)
+        model = InstalledModel(request.model, request.folder, request.parts, request.cache)
+        if request.job is not None and hasattr(backend, "prefetch"):
+            backend.prefetch(model, request.budget, request.job)
         self._device = open_device(request.budget)
-        session = backend.load(InstalledModel(request.model, request.folder), self._device.budget)
+        session = backend.load(model, self._device.budget)
         self._session = session
         self._loaded = Loaded(
             strategy=session.strategy,
@@ -178,6 +200,15 @@ class Worker:
         )
         self._max_tokens = request.model.defaults.max_prompt_tokens
         return self._loaded
+
+    def prepare(self, request: Prepare) -> Prepared:
+        """Let the session do ahead what it can for the jobs that come next."""
+        ahead = getattr(self._session, "prepare", None)
+        if ahead is None:
+            return Prepared()
+        self._watch = Stopwatch(self._line.send, self._device.synchronize, "prepare", self._device.measure)
+        ahead(request.jobs, self._watch)
+        return Prepared(self._watch.stop(), self._watch.uses, self._new_warnings())
 
     def generate(self, request: Generate) -> Made:
         """Make one picture and write it, whole or not at all."""
@@ -216,6 +247,13 @@ class Worker:
             prompt_cut=prompt_cut(getattr(self._session, "tokenizer", None), request.job.prompt, self._max_tokens),
             tiling=getattr(self._session, "tiling", None),
         )
+
+    def calibrate(self, request: Calibrate) -> Calibrated:
+        """Time pieces of a model; nothing needs to be loaded."""
+        from kleinctl.worker.calibrate import calibrate
+
+        self._watch = Stopwatch(self._line.send, lambda: None, "calibrate")
+        return Calibrated(calibrate(request, self._watch))
 
     def close(self) -> None:
         """Free what the session holds."""

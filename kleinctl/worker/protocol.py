@@ -1,8 +1,9 @@
 """What control process and worker say to each other: one JSON object a line, on the worker's stdin and stdout.
 
-The control process writes a `Setup`, then requests (`Load`, `Generate`, `Close`). The worker says `Hello`, then answers
-each request with any number of `Progress` and one `Loaded`, `Made` or `Failed`. `"is"` names the message; what it
-carries are the fields of the dataclass of that name. Whoever changes a message changes the number in `PROTOCOL`.
+The control process writes a `Setup`, then requests (`Load`, `Prepare`, `Generate`, `Calibrate`, `Close`). The worker
+says `Hello`, then answers each request with any number of `Progress` and one `Loaded`, `Prepared`, `Made`, `Calibrated`
+or `Failed`. `"is"` names the message; what it carries are the fields of the dataclass of that name. Whoever changes a
+message changes the number in `PROTOCOL`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from kleinctl.backends import Budget, Job
+from kleinctl.hardware.rates import Rates
 from kleinctl.manifest import Model
 from kleinctl.problem import Problem
 
-PROTOCOL = "kleinctl.worker/2"
+PROTOCOL = "kleinctl.worker/3"
 #: Longest line in bytes: prompts and records are far below.
 MAX_LINE_BYTES = 8 * 2**20
 
@@ -44,13 +46,19 @@ class Hello:
 
 @dataclass(frozen=True)
 class Load:
-    """Load `model`, whose parts lie in `folder`, with a backend of the module `plugin`."""
+    """Load `model`, whose parts lie in `folder`, with a backend of the module `plugin`.
+
+    `parts` are their sha256 by id, `cache` the folder for what a session can make again, `job` the first that comes.
+    """
 
     plugin: str
     backend: str
     model: Model
     folder: Path
     budget: Budget
+    parts: dict[str, str] = field(default_factory=dict)
+    cache: Path | None = None
+    job: Job | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,22 @@ class Loaded:
 
 
 @dataclass(frozen=True)
+class Prepare:
+    """Do ahead what the backend can for `jobs`, which come next."""
+
+    jobs: tuple[Job, ...]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What was done ahead. Seconds and `stages` are by stage; `warnings` are what the backend said meanwhile."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    stages: dict[str, StageUse] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Generate:
     """Make the picture of `job`. It is written to `partial`, and renamed to `output` when it is whole.
 
@@ -152,6 +176,22 @@ class Made:
 
 
 @dataclass(frozen=True)
+class Calibrate:
+    """Time pieces of `model`, whose parts lie in `folder` in the layout `diffusers`, on `device`."""
+
+    model: Model
+    folder: Path
+    device: str
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What was measured; the control process adds of which machine."""
+
+    rates: Rates
+
+
+@dataclass(frozen=True)
 class Failed:
     """A request failed, and the worker lives. The traceback is in its log. `problem` is set where a backend said it."""
 
@@ -175,11 +215,17 @@ class Close:
     """Free everything and end."""
 
 
-Request = Load | Generate | Close
-Reply = Hello | Loaded | Made | Failed | Progress
+Request = Load | Prepare | Generate | Calibrate | Close
+Reply = Hello | Loaded | Prepared | Made | Calibrated | Failed | Progress
 Message = Request | Reply
 
-_MESSAGES = {kind.__name__: kind for kind in (Hello, Load, Loaded, Generate, Made, Failed, Progress, Close)}
+_MESSAGES = {
+    kind.__name__: kind
+    for kind in (
+        *(Load, Prepare, Generate, Calibrate, Close),
+        *(Hello, Loaded, Prepared, Made, Calibrated, Failed, Progress),
+    )
+}
 
 
 def encode(message: Message) -> bytes:

@@ -13,11 +13,13 @@ from kleinctl import documents
 from kleinctl.checks import Check, run_checks
 from kleinctl.checks import comfyui as comfyui_checks
 from kleinctl.facts import ComfyUI, comfyui
+from kleinctl.facts import weights as weights_facts
 from kleinctl.facts.system import LocalServer, System
 from kleinctl.facts.weights import FoundFile
 from kleinctl.hardware import Gpu, Hardware
 from kleinctl.identify import identify
-from kleinctl.problem import Problem
+from kleinctl.plugins import Plugins
+from kleinctl.problem import Problem, Remedy
 from kleinctl.units import GIB
 from tests import weights
 from tests.facts.test_comfyui import checkout, venv, write
@@ -177,13 +179,19 @@ def test_a_gguf_without_the_node_for_it(ask, root):
     assert problem.what == "flux-2-klein-4b-Q4_K_M.gguf cannot be loaded by ComfyUI"
     assert "ComfyUI-GGUF is not installed" in problem.why
     assert problem.fix.startswith("git clone https://github.com/city96/ComfyUI-GGUF")
+    assert problem.remedy.arguments["repository"] == "https://github.com/city96/ComfyUI-GGUF"
     pack = root / "custom_nodes" / "ComfyUI-GGUF"
     write(pack / "loader.py", 'TXT_ARCH_LIST = {"t5", "llama"}')
     assert "is from before Qwen3" in ask()["gguf-needs-node"].why
+    assert ask()["gguf-needs-node"].remedy == Remedy("update-node", {"path": str(pack)}, "ask")
     write(pack / "loader.py", 'TXT_ARCH_LIST = {"t5", "llama", "qwen3"}')
     assert "gguf-needs-node" not in ask()
     pack.rename(root / "custom_nodes" / "ComfyUI-GGUF.disabled")
     assert "is switched off" in ask()["gguf-needs-node"].why
+    assert ask()["gguf-needs-node"].fix.startswith(f'rename "{pack}.disabled" to "{pack}"')
+    (root / "custom_nodes" / ".disabled").mkdir()
+    (root / "custom_nodes" / "ComfyUI-GGUF.disabled").rename(root / "custom_nodes" / ".disabled" / "comfyui-gguf@1_0")
+    assert ask()["gguf-needs-node"].remedy is None  # ComfyUI-Manager put it there
 
 
 def test_fp8_scales_that_no_comfyui_reads(ask, root):
@@ -199,6 +207,21 @@ def test_fp8_scales_that_no_comfyui_reads(ask, root):
     assert "fp8-scales-unread" not in ask()
     version(root, "0.3.80")
     assert "ComfyUI reads since 0.4.0; this is 0.3.80" in ask()["fp8-scales-unread"].why
+    assert ask()["fp8-scales-unread"].remedy is None
+    (root / ".git").mkdir()
+    assert ask()["fp8-scales-unread"].remedy == Remedy("update-comfyui", {"path": str(root)}, "ask")
+
+
+def test_the_official_fp8_files_name_on_one_without_marks(root):
+    shapes = weights.flux2(**weights.KLEIN_4B)
+    scales = {name.replace(".weight", ".weight_scale"): () for name in shapes if "qkv" in name}
+    path = root / "models" / "diffusion_models" / "flux-2-klein-4b-fp8.safetensors"
+    weights.write(path, {**shapes, **scales}, dtype="F8_E4M3", _scale="F32")
+    found = comfyui.read(root)
+    files = tuple(each for each in weights_facts.gather(Plugins(), (found,), ()) if each.place == found.name)
+    [problem] = comfyui_checks.fp8_scales_unread.function(found, files)
+    assert problem.remedy.action == "replace-file"
+    assert problem.remedy.arguments == {"model": "klein-4b", "part": "transformer-fp8", "path": str(path)}
 
 
 def test_a_transformer_with_the_9b_models_text_encoder(ask, root):
@@ -249,6 +272,7 @@ def test_video_helper_suite_from_before_flux2(ask, root):
     problem = ask()["preview-crash"]
     assert problem.what == "comfyui-videohelpersuite is too old for previews of FLUX.2"
     assert (problem.ref, problem.severity) == ("D08", "warning")
+    assert problem.remedy == Remedy("update-node", {"path": str(preview.parents[1])}, "ask")
     write(preview, "x0 = self.latent_rgb_factors_reshape(x0)\n")
     assert "preview-crash" not in ask()
 
@@ -266,7 +290,9 @@ def test_the_release_with_dynamic_vram_trouble(ask, root):
     version(root, "0.30.1")
     problem = ask()["dynamic-vram-trouble"]
     assert "--disable-dynamic-vram" in problem.fix
-    start(root, "--disable-dynamic-vram")
+    write(root / "user" / "comfyui.log", "DynamicVRAM support detected and enabled\nComfyUI version: 0.30.1\n")
+    assert "dynamic-vram-trouble" in ask()
+    start(root, "--disable-dynamic-vram")  # the log is of the start before
     assert "dynamic-vram-trouble" not in ask()
 
 

@@ -184,8 +184,10 @@ def test_xformers_of_another_torch(tmp_path):
     found = comfyui(tmp_path, xformers="0.0.32.post2")
     problem = problems(found)["optional-packages-mismatched"]
     assert "xformers 0.0.32.post2 wants torch==2.8.0; it is 2.13.0+cu130." in problem.why
-    assert (problem.severity, problem.ref, problem.remedy) == ("warning", "A22", None)
+    assert (problem.severity, problem.ref) == ("warning", "A22")
     assert "pip uninstall xformers" in problem.fix
+    assert problem.remedy is not None and problem.remedy.action == "uninstall-packages"
+    assert problem.remedy.arguments == {"python": str(found.python), "packages": "xformers"}
 
 
 def test_sageattention_built_for_another_torch(tmp_path):
@@ -198,7 +200,8 @@ def test_sageattention_built_for_another_torch(tmp_path):
 def test_a_marker_is_read_for_the_machine_in_question(tmp_path):
     packages = {"torch": "2.8.0+cu128", "torchvision": "0.23.0+cu128", "torchaudio": "2.8.0+cu128", "triton": "3.5.0"}
     found = comfyui(tmp_path, "12.8", **packages)
-    assert "triton==3.4.0" in problems(found)["optional-packages-mismatched"].why
+    problem = problems(found)["optional-packages-mismatched"]
+    assert "triton==3.4.0" in problem.why and "pip install triton==3.4.0" in problem.fix  # torch itself stays
     assert problems(found, hardware=replace(MACHINE, platform="win32", machine="AMD64")) == {}
 
 

@@ -14,11 +14,11 @@ from kleinctl.backends import Fit, Job
 from kleinctl.checks.job import job_problems
 from kleinctl.cli import steps
 from kleinctl.environment import Environment
-from kleinctl.facts.run import asked_size, job_facts, nearest_size
+from kleinctl.facts.run import job_facts
 from kleinctl.hardware import Hardware
 from kleinctl.planner import default_job
 from kleinctl.problem import KleinctlError, Misuse, Problem
-from kleinctl.units import GIB, parse_size
+from kleinctl.units import GIB, asked_size, nearest_size, parse_size
 from tests.conftest import REPOSITORY
 from tests.test_cli import conforms
 

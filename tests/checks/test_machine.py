@@ -29,7 +29,7 @@ def recorded(name: str) -> Hardware:
 
 def problems(hardware: Hardware, system: System = HEALTHY, comfyui: ComfyUI | None = None) -> dict[str, Problem]:
     scenes = [{"comfyui": comfyui}] if comfyui else []
-    results = run_checks(CHECKS, {"hardware": hardware, "system": system}, scenes)
+    results = run_checks(CHECKS, {"hardware": hardware, "system": system, "environments": ()}, scenes)
     assert not [each.why for each in results if "crashed" in each.why]
     return {problem.name: problem for each in results for problem in each.problems}
 
@@ -61,7 +61,8 @@ def test_every_problem_has_evidence_and_a_fix(good):
 
 def told(hardware: Hardware, system: System) -> dict[str, tuple[str, str]]:
     """How each check ended, and its line."""
-    return {each.name: (each.status, each.why) for each in run_checks(CHECKS, {"hardware": hardware, "system": system})}
+    facts = {"hardware": hardware, "system": system, "environments": ()}
+    return {each.name: (each.status, each.why) for each in run_checks(CHECKS, facts)}
 
 
 @pytest.mark.parametrize(
@@ -235,6 +236,11 @@ def test_vram_taken_by_another_server(good):
     windows = recorded("rtx-4090")
     problem = problems(card(windows, vram_free_bytes=4 * GB), WINDOWS)["vram-taken"]
     assert "dwm.exe" in problem.why and "Windows does not say" in problem.why
+
+
+def test_vram_taken_by_the_model_that_kleinctl_keeps_warm(good):
+    full = card(good, vram_free_bytes=good.gpus[0].vram_bytes // 3)
+    assert problems(full, replace(HEALTHY, serving=True))["vram-taken"].fix.startswith("kleinctl serve --free ")
 
 
 def test_a_card_without_bf16():

@@ -64,7 +64,7 @@ def test_a_picture_of_broken_numbers(colour, word):
     problem = found(looks(Image.new("RGB", (64, 64), colour)))["black-picture"]
     assert problem.what == f"the picture is {word}"
     assert "(NaN)" in problem.why
-    assert problem.fix.startswith("kleinctl verify klein-4b")
+    assert problem.fix.startswith("kleinctl doctor --deep --fix")
 
 
 def test_several_black_pictures_and_one_that_is_well():

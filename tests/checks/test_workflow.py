@@ -146,12 +146,14 @@ def test_a_custom_node_that_is_not_installed(ask, root):
     assert "node-missing" not in ask(change)
     (root / "custom_nodes" / "mine").rename(root / "custom_nodes" / "mine.disabled")
     assert "node-missing" in ask(change)
+    assert ask(change)["node-missing"].remedy is None  # nobody knows where a stranger's node is to be had
 
 
 def test_a_node_of_a_pack_that_is_known(ask):
     problem = ask(put("1", "class_type", "UnetLoaderGGUF"))["node-missing"]
     assert problem.why == "It is no node of ComfyUI's own, and ComfyUI-GGUF is not installed."
     assert problem.fix.startswith("git clone https://github.com/city96/ComfyUI-GGUF ")
+    assert problem.remedy.action == "install-node"
 
 
 def test_a_muted_node_does_not_count(judge, tmp_path):

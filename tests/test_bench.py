@@ -1,0 +1,327 @@
+"""`kleinctl bench`: what is measured, what is taken meanwhile, and what it says when something is missing."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kleinctl import against, bench
+from kleinctl.backends import Fit, Job
+from kleinctl.cli.bench import row
+from kleinctl.hardware import Gpu, imagine
+from kleinctl.planner import default_job
+from kleinctl.plugins import Plugins
+from kleinctl.problem import KleinctlError
+from kleinctl.units import GIB
+from tests.test_cli import conforms
+
+CARD = Gpu("A card", "8.9", 16 * GIB, 15 * GIB)
+
+
+@pytest.fixture(scope="module")
+def klein():
+    return Plugins(frozenset()).model("klein-4b")
+
+
+def figures(seconds: float = 0.5, pixels: tuple[str, ...] = ("a", "b")) -> bench.Figures:
+    return bench.Figures("streamed", 3.0, (seconds,), 0.4, 8 * GIB, 2 * GIB, pixels)
+
+
+@pytest.mark.slow
+def test_the_miniature_is_measured_beside_plain_diffusers(kleinctl, tmp_path):
+    assert kleinctl("install", "--model", "klein-tiny").exit_code == 0
+    words = ("--runs", "1", "--sizes", "128", "--against", "diffusers", "-o", "bench.json", "--chart", "chart.png")
+    answer = kleinctl("bench", "--model", "klein-tiny", *words)
+    assert answer.exit_code == 0, answer.stdout + answer.stderr
+    document = conforms((tmp_path / "bench.json").read_text())
+    [theirs, own] = document["lines"]
+    assert (theirs["who"], own["who"]) == ("diffusers", "staged-decode")
+    assert own["same"] is True and own["share"] > 0
+    assert own["measured"]["seconds_first"] > own["measured"]["seconds_next"] > 0
+    assert own["measured"]["host_bytes"] > 50_000_000
+    assert own["predicted"]["seconds_next"] > 0
+    assert "128x128" in answer.stdout and "staged-decode" in answer.stdout
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_budget_of_vram_where_there_is_no_card(kleinctl):
+    answer = kleinctl("bench", "--model", "klein-tiny", "--free", "8", "6", "--json")
+    assert answer.exit_code == 1
+    assert conforms(answer.stdout)["problem"]["name"] == "bench-no-card"
+
+
+def test_a_model_that_is_not_installed(kleinctl):
+    answer = kleinctl("bench", "--model", "klein-tiny", "--json")
+    assert answer.exit_code == 1
+    assert json.loads(answer.stdout)["problem"]["name"] == "model-not-installed"
+
+
+def test_several_values_follow_one_option(kleinctl):
+    answer = kleinctl("bench", "--model", "klein-tiny", "--sizes", "256", "wide", "--runs", "2")
+    assert answer.exit_code == 2
+    assert "'wide' is no picture size" in answer.stderr
+
+
+# What is taken of the card
+
+HOLDER = """
+import sys
+print("held 0", flush=True)
+total = 0
+for line in sys.stdin:
+    if "{said}" == "no":
+        print("no memory left", flush=True)
+    else:
+        total += int(line)
+        open({path!r}, "w").write(str(total))
+        print("held", total, flush=True)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path, monkeypatch):
+    """A holder that notes how much it was told to take, of a card that has 15 GiB free."""
+
+    def make(said: str = "held") -> bench.Holder:
+        script, noted = tmp_path / "holder.py", tmp_path / "taken"
+        script.write_text(HOLDER.format(said=said, path=str(noted)))
+
+        def memory(gpu: Gpu) -> tuple[int, int]:
+            taken = int(noted.read_text()) if noted.exists() else 0
+            return taken, 15 * GIB - taken
+
+        monkeypatch.setattr(bench, "HOLDER", script)
+        monkeypatch.setattr(bench, "_memory", memory)
+        return bench.Holder(Path(sys.executable), CARD)
+
+    return make
+
+
+def test_memory_is_taken_until_only_so_much_is_free(holder):
+    holding = holder()
+    try:
+        holding.leave(8 * GIB)
+        assert bench._memory(CARD)[1] == 8 * GIB
+    finally:
+        holding.close()
+
+
+@pytest.mark.parametrize(
+    ("said", "free", "words"), [("held", 16 * GIB, "15.0 GiB are free as it is"), ("no", 8 * GIB, "no memory left")]
+)
+def test_memory_that_cannot_be_taken(holder, said, free, words):
+    holding = holder(said)
+    try:
+        with pytest.raises(KleinctlError, match=words) as raised:
+            holding.leave(free)
+        assert raised.value.problem.name == "bench-holder"
+    finally:
+        holding.close()
+
+
+# Lines
+
+
+def asked(model: Any, **changes: Any) -> bench.Asked:
+    def nothing(*arguments: Any) -> Any:
+        raise ZeroDivisionError("a mistake")
+
+    given = {
+        "plugins": Plugins(frozenset()), "model": model, "backends": (None,), "sizes": ((512, 512), (1024, 1024)),
+        "free": (None,), "runs": 2, "changes": {}, "detect": nothing, "environment": nothing,
+    }  # fmt: skip
+    return bench.Asked(**{**given, **changes})
+
+
+def test_a_line_that_fails_does_not_cost_the_others(klein):
+    lines = list(bench.measure(asked(klein, against="diffusers"), lambda *said: None))
+    assert [(line.who, line.width) for line in lines] == [
+        ("diffusers", 512),
+        ("kleinctl", 512),
+        ("diffusers", 1024),
+        ("kleinctl", 1024),
+    ]
+    assert {line.problem.name for line in lines} == {"bench-line-failed"}
+    assert "ZeroDivisionError: a mistake" in row(lines[0])
+
+
+def test_a_budget_that_cannot_be_had_is_told_in_each_of_its_lines(klein):
+    found = asked(klein, free=(8 * GIB,), backends=("staged", "diffusers"), detect=lambda: imagine("none", GIB))
+    found = replace(found, detect=lambda: replace(imagine("RTX 4090", 32 * GIB), gpus=()), sizes=((512, 512),))
+    lines = list(bench.measure(found, lambda *said: None))
+    assert [line.who for line in lines] == ["staged", "diffusers"]
+    assert {line.problem.name for line in lines} == {"bench-no-card"}
+
+
+def test_a_line_stands_beside_plain_diffusers():
+    reference = figures(0.5)
+    line = bench.Line("staged-decode", 1024, 1024, 8 * GIB, figures(0.6), Fit(8 * GIB, 0, 0, 3, 0.55, True, "streamed"))
+    compared = bench._compared(line, reference)
+    assert (compared.share, compared.same) == (pytest.approx(1.2), True)
+    assert bench._compared(replace(line, figures=figures(0.6, ("a", "c"))), reference).same is False
+    assert bench._compared(replace(line, who="comfyui"), reference).same is None
+    told = row(compared).split()
+    assert told[:4] == ["1024x1024", "8.0", "staged-decode", "3.00"]
+    assert "0.60 (0.55)  1.20   0.40" in row(compared) and "8.00 (8.00)" in row(compared)
+    assert row(compared).endswith("yes  streamed")
+
+
+def test_new_prompts_and_the_last_once_more(klein, monkeypatch):
+    drawn: list[tuple[str, int]] = []
+
+    class Opening:
+        def __enter__(self) -> bench.Opened:
+            def draw(job: Job, output: Path) -> tuple[str, dict[str, float]]:
+                drawn.append((job.prompt, job.seed))
+                return job.prompt, {"denoise": 1.0}
+
+            return bench.Opened(draw, lambda: "so")
+
+        def __exit__(self, *rest: object) -> None: ...
+
+    machine = replace(imagine("RTX 4090", 32 * GIB), gpus=())
+    line = bench._drawn(asked(klein), bench.Line("x", 512, 512), machine, Opening, lambda *said: None)
+    assert len(drawn) == 5 and len(set(drawn)) == 4 and drawn[-1] == drawn[-2]
+    assert len(line.figures.seconds_new) == 2 and len(line.figures.pixels) == 4
+    monkeypatch.setattr(bench, "LINE_SECONDS", 0.0)
+    drawn.clear()
+    line = bench._drawn(asked(klein), bench.Line("x", 512, 512), machine, Opening, lambda *said: None)
+    assert len(line.figures.seconds_new) == 1 and drawn[-1] == drawn[-2]
+
+
+def test_a_chart_that_cannot_be_drawn(tmp_path):
+    with pytest.raises(KleinctlError) as raised:
+        bench.chart(tmp_path / "missing.json", tmp_path / "chart.png", Path(sys.executable))
+    assert raised.value.problem.name == "bench-chart"
+
+
+def test_a_chart_of_lines_that_failed_and_lines_that_did_not(tmp_path, klein):
+    problem = bench.no_card().problem
+    lines = [
+        bench.Line("diffusers", 512, 512, None, figures(9.0)),
+        bench.Line("staged-decode", 512, 512, 8 * GIB, figures(), Fit(8 * GIB, 0, 0, 3, 0.55, True, "streamed")),
+        bench.Line("staged-decode", 512, 512, 4 * GIB, problem=problem),
+    ]
+    machine = imagine("RTX 4090", 32 * GIB)
+    document = bench.document(asked(klein), lines, machine, "kleinctl bench", "2026-11-23T00:00:00+00:00")
+    conforms(json.dumps(document))
+    (tmp_path / "bench.json").write_text(json.dumps(document))
+    bench.chart(tmp_path / "bench.json", tmp_path / "chart.png", Path(sys.executable))
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ComfyUI
+
+FILES = {
+    "UNETLoader": ("unet_name", ["flux1-dev.safetensors", "flux-2-klein-base-4b.safetensors",
+                                 "flux-2-klein-4b-fp8.safetensors", "flux-2-klein-4b.safetensors"]),
+    "CLIPLoader": ("clip_name", ["qwen_3_8b.safetensors", "qwen_3_4b.safetensors"]),
+    "VAELoader": ("vae_name", ["ae.safetensors", "flux2-vae.safetensors"]),
+}  # fmt: skip
+
+
+class Comfy(ThreadingHTTPServer):
+    """Answers as ComfyUI 0.29 does."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, Any] = FILES
+        self.status: dict[str, Any] = {"status_str": "success", "completed": True, "messages": []}
+        self.asked: list[tuple[str, Any]] = []
+        super().__init__(("127.0.0.1", 0), _Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Comfy
+
+    def do_GET(self) -> None:
+        self._answer(None)
+
+    def do_POST(self) -> None:
+        self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def _answer(self, body: Any) -> None:
+        self.server.asked.append((self.path, body))
+        node = self.path.removeprefix("/object_info/")
+        answers: dict[str, Any] = {
+            "/system_stats": {"system": {"comfyui_version": "0.29.0"}},
+            "/prompt": {"prompt_id": "7", "number": 1, "node_errors": {}},
+            "/history/7": {"7": {"status": self.server.status}},
+        }
+        if node in self.server.files:
+            key, names = self.server.files[node]
+            answers[self.path] = {node: {"input": {"required": {key: [names, {}]}}}}
+        text = json.dumps(answers[self.path]).encode() if self.path in answers else b""
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *arguments: Any) -> None: ...
+
+
+@pytest.fixture
+def comfy() -> Iterator[Comfy]:
+    server = Comfy()
+    yield server
+    server.shutdown()
+
+
+def test_comfyui_draws_the_same_job_with_its_own_files(comfy, klein, tmp_path):
+    job = replace(default_job(klein), prompt="a cat", seed=5)
+    against.forget(comfy.url)
+    with against.comfyui(comfy.url, klein) as opened:
+        opened.draw(job, tmp_path / "unused.png")
+        assert opened.strategy() == "server with flux-2-klein-4b.safetensors"
+    assert ("/free", {"unload_models": True, "free_memory": True}) in comfy.asked
+    [graph] = [body["prompt"] for path, body in comfy.asked if path == "/prompt"]
+    nodes = {node["class_type"]: node["inputs"] for node in graph.values()}
+    assert nodes["CLIPLoader"] == {"clip_name": "qwen_3_4b.safetensors", "type": "flux2", "device": "default"}
+    assert nodes["VAELoader"] == {"vae_name": "flux2-vae.safetensors"}
+    assert nodes["CLIPTextEncode"]["text"] == "a cat" and nodes["RandomNoise"] == {"noise_seed": 5}
+    assert nodes["Flux2Scheduler"] == {"steps": 4, "width": 1024, "height": 1024}
+    assert nodes["CFGGuider"]["cfg"] == 1.0 and "ConditioningZeroOut" in nodes
+    base = Plugins(frozenset()).model("klein-base-4b")
+    assert against.model_files(comfy.url, base)["unet_name"] == "flux-2-klein-base-4b.safetensors"
+
+
+def test_a_server_without_the_models_files_is_told_what_is_missing(comfy, klein):
+    comfy.files = {**FILES, "CLIPLoader": ("clip_name", ["t5xxl_fp16.safetensors"])}
+    with (
+        pytest.raises(KleinctlError, match="its CLIPLoader lists t5xxl_fp16") as raised,
+        against.comfyui(comfy.url, klein),
+    ):
+        pass
+    assert raised.value.problem.name == "comfyui-lacks-model"
+
+
+def test_a_picture_that_comfyui_fails_at(comfy, klein, tmp_path):
+    error = {"node_type": "VAEDecode", "exception_message": "out of memory"}
+    comfy.status = {"status_str": "error", "completed": False, "messages": [["execution_error", error]]}
+    with (
+        pytest.raises(KleinctlError, match="VAEDecode: out of memory") as raised,
+        against.comfyui(comfy.url, klein) as opened,
+    ):
+        opened.draw(default_job(klein), tmp_path / "unused.png")
+    assert raised.value.problem.name == "comfyui-failed"
+
+
+def test_no_server_there(klein):
+    with pytest.raises(KleinctlError) as raised:
+        against.forget("http://127.0.0.1:9")
+    assert raised.value.problem.name == "comfyui-silent"
+
+
+@pytest.mark.parametrize("url", ["http://example.com:8188", "file:///etc/passwd", "https://127.0.0.1", "8188"])
+def test_a_server_elsewhere_is_not_asked(url):
+    with pytest.raises(KleinctlError, match="asks a server on this machine alone"):
+        against.check(url, {})

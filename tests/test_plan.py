@@ -1,0 +1,40 @@
+"""The picture that `kleinctl plan` draws of a job's stages."""
+
+from __future__ import annotations
+
+import pytest
+
+from kleinctl import memory
+from kleinctl.backends import Stage
+from kleinctl.cli import output
+from kleinctl.cli.plan import BAR, stage_line
+from kleinctl.units import GIB
+
+
+@pytest.mark.parametrize(("encoding", "marks"), [("utf-8", "█▒░"), ("cp437", "█▒░"), ("cp1252", "#+:")])
+def test_stages_are_drawn_in_characters_that_the_console_has(kleinctl, encoding, marks):
+    words = ("plan", "--gpu", "RTX 4070 Ti SUPER", "--ram", "32", "--model", "klein-4b", "--size", "1024")
+    answer = kleinctl(*words, PYTHONIOENCODING=encoding, COLUMNS="80")
+    drawn = [line for line in answer.stdout.splitlines() if line.startswith(("encode", "denoise", "decode"))]
+    assert [line.split()[0] for line in drawn] == ["encode", "denoise", "decode"]
+    assert all(len(line) <= 80 and line.rstrip().endswith(" s") and "|" in line for line in drawn)
+    assert all(mark in drawn[1] for mark in marks)
+    assert f"{marks[0]} weights  {marks[1]} activations  {marks[2]} CUDA context" in answer.stdout
+
+
+def test_verbose_draws_the_stages_of_every_backend(kleinctl):
+    words = ("plan", "--gpu", "RTX 4070 Ti SUPER", "--ram", "32", "--model", "klein-4b", "--size", "1024")
+    assert kleinctl(*words).stdout.count("\ndecode   ") == 1
+    answer = kleinctl(*words, "-v").stdout
+    assert answer.count("\ndecode   ") == 2
+    assert "diffusers-offload at 1024x1024: VRAM in each stage" in answer
+
+
+def test_a_bar_shows_what_the_stage_is_made_of_and_where_the_budget_ends(monkeypatch):
+    monkeypatch.setattr(output, "can_show", lambda characters: False)
+    stage = Stage("decode", 6 * GIB + memory.CONTEXT_BYTES, 4 * GIB, 0.5)
+    line = stage_line(stage, 8 * GIB, 8 * GIB)
+    assert line.startswith("decode   " + "#" * 19 + "+" * 9)
+    assert line[9 + BAR] == "|" and ":" in line and line.endswith("6.7 GiB    0.50 s")
+    over = stage_line(stage, 4 * GIB, stage.vram_bytes)
+    assert over.endswith("too much") and len(over) <= 80

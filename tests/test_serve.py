@@ -1,0 +1,393 @@
+"""A model that stays loaded: who may use it, who waits, and what happens when somebody or something goes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+
+from kleinctl import serve
+from tests.test_cli import conforms
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals")
+
+#: A backend that does what its prompt says.
+MOODY = """
+import os, random, time
+from kleinctl import Fit, hookimpl
+kleinctl_api = 1
+
+class Moody:
+    name, aliases, requires, layout = "moody", ("cross",), ("pillow",), "diffusers"
+    def fit(self, model, hardware, job):
+        fits = job.width < 1024
+        return Fit(0, 2**26, 0, 0.5, 0.1, fits, "moody", None if fits else "It is in no mood for large pictures.")
+    def health(self, hardware, environment): return None
+    def load(self, model, budget): return Session()
+
+class Session:
+    strategy = "moody"
+    def generate(self, job, progress):
+        from PIL import Image
+        progress("denoise", 0, job.steps)
+        if job.prompt == "crash": os._exit(3)
+        if job.prompt == "full": raise RuntimeError("CUDA out of memory. Tried to allocate 2.46 GiB.")
+        if job.prompt == "hang": time.sleep(600)
+        if job.prompt == "slow": time.sleep(2)
+        progress("denoise", job.steps, job.steps)
+        pixels = random.Random(job.seed).randbytes(job.width * job.height * 3)
+        return Image.frombytes("RGB", (job.width, job.height), pixels)
+    def close(self): pass
+
+@hookimpl
+def kleinctl_backends(): return [Moody()]
+"""
+
+
+@pytest.fixture
+def moody(tmp_path_factory, monkeypatch, kleinctl):
+    """klein-tiny, installed, and a backend that does what its prompt says."""
+    site = tmp_path_factory.mktemp("site")
+    (site / "moody.py").write_text(MOODY)
+    info = site / "moody-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: moody\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[kleinctl]\nmoody = moody\n")
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    monkeypatch.setenv("KLEINCTL_OFFLINE", "1")
+    assert kleinctl("install", "--model", "klein-tiny").exit_code == 0
+
+
+class Process:
+    """A kleinctl that goes on running."""
+
+    def __init__(self, folder, *arguments):
+        self.log = folder / f"{arguments[0]}-{time.monotonic_ns()}.log"
+        command = [sys.executable, "-m", "kleinctl", *map(str, arguments)]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+
+    @property
+    def said(self):
+        return self.log.read_text()
+
+    def says(self, text, seconds=30):
+        end = time.monotonic() + seconds
+        while text not in self.said:
+            assert time.monotonic() < end and self.process.poll() is None, self.said
+            time.sleep(0.02)
+        return self
+
+    def ends(self, seconds=10):
+        return self.process.wait(seconds)
+
+
+@pytest.fixture
+def start(tmp_path_factory):
+    """Start kleinctl and let it run; what is left of it at the end is ended."""
+    folder, started = tmp_path_factory.mktemp("running"), []
+
+    def starting(*arguments):
+        started.append(Process(folder, *arguments))
+        return started[-1]
+
+    yield starting
+    for each in started:
+        each.process.terminate()
+        each.ends()
+
+
+@pytest.fixture
+def server(moody, start):
+    """A server that has loaded klein-tiny with the moody backend."""
+    return start("serve", "--model", "klein-tiny", "--backend", "moody").says("waiting for jobs")
+
+
+def state(kleinctl):
+    return conforms(kleinctl("serve", "--status", "--json").stdout)
+
+
+def until(**wanted):
+    """Wait until the server's state is as wanted."""
+    end = time.monotonic() + 15
+    while True:
+        server = serve.connect()
+        now = vars(server.state)
+        server.stop()
+        if now | wanted == now:
+            return
+        assert time.monotonic() < end, now
+        time.sleep(0.02)
+
+
+def children(process):
+    import psutil
+
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def pictures(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+ANYWAY = ("--model", "klein-tiny", "--backend", "moody", "--size", "64", "--seed", "7")
+
+
+def without_times(document):
+    """A run's document without what differs from run to run."""
+    document = json.loads(document)
+    for part in (document, *document["images"]):
+        del part["seconds"]
+    return {key: value for key, value in document.items() if not key.startswith("peak")}
+
+
+def test_a_run_with_the_server_is_the_run_without_it(server, kleinctl, tmp_path):
+    with_server, without = tmp_path / "with", tmp_path / "without"
+    with_server.mkdir(), without.mkdir()
+    words = ("run", "a (red:1.3) circle", *ANYWAY[2:], "--count", "2", "-o", "folder", "--json")
+    warm = kleinctl(*words, cwd=with_server)
+    cold = kleinctl(*words, "--no-server", "--model", "klein-tiny", cwd=without)
+    assert (warm.exit_code, cold.exit_code) == (0, 0), warm.stderr
+    assert conforms(warm.stdout)["seconds"]["load"] == 0.0
+    moved = cold.stdout.replace(str(without), str(with_server))
+    assert without_times(warm.stdout) == without_times(moved)
+    assert [line.rpartition(",")[0] for line in warm.stderr.splitlines()] == [
+        line.rpartition(",")[0] for line in cold.stderr.splitlines()
+    ]
+    for name in pictures(with_server / "folder"):
+        assert (with_server / "folder" / name).read_bytes() == (without / "folder" / name).read_bytes()
+    server.says("klein-8.png  64x64")
+    assert "klein-7.png" in server.said and server.said.count("seed") == 2  # the second run was not its
+
+
+def test_what_goes_wrong_is_said_as_without_the_server(server, kleinctl, tmp_path):
+    for words, exit_code, name in [
+        (("full",), 1, "card-memory-full"),
+        (("crash",), 1, "worker-crashed"),
+        (("large", "--size", "1024"), 1, "does-not-fit"),
+        (("a", "--image", "missing.png"), 2, "reference-unusable"),
+        (("a", "-o", "picture.gif"), 2, "output-not-png"),
+        ((" ",), 2, "prompt-empty"),
+    ]:
+        warm, cold = kleinctl("run", *ANYWAY, *words), kleinctl("run", *ANYWAY, *words, "--no-server")
+        assert (warm.exit_code, cold.exit_code) == (exit_code, exit_code), words
+        told = [[line for line in each.stderr.splitlines() if ".log" not in line] for each in (warm, cold)]
+        assert told[0] == told[1] and f"error[{name}]" in warm.stderr
+        assert pictures(tmp_path) == []
+    assert server.said.count("failed:") == 2  # the others are refused before they are jobs
+    assert kleinctl("run", "next", *ANYWAY).exit_code == 0
+
+
+def test_a_batch_uses_the_server_and_goes_on_after_a_crash(server, kleinctl, tmp_path):
+    lines = [json.dumps({"prompt": prompt, "size": "64"}) for prompt in ("first", "crash", "last")]
+    (tmp_path / "batch.jsonl").write_text("\n".join(lines))
+    answer = kleinctl("run", "--batch", "batch.jsonl", "-o", "folder")
+    assert answer.exit_code == 1 and "batch.jsonl:2: the worker crashed" in answer.stderr
+    assert pictures(tmp_path / "folder") == ["klein-0001-1.png", "klein-0003-3.png"]
+    assert server.said.count("64x64") == 4  # one that crashes is tried twice
+
+
+def test_jobs_wait_for_each_other_in_their_order(server, kleinctl, start):
+    first = start("run", "slow", *ANYWAY, "--seed", "1")
+    until(working=True)
+    second = start("run", "slow", *ANYWAY, "--seed", "2")
+    second.says("1 run is before this one")
+    third = start("run", "third", *ANYWAY, "--seed", "3")
+    third.says("2 runs are before this one")
+    assert kleinctl("serve", "--status").stdout.startswith(
+        "klein-tiny with moody on the CPU: loaded, at work, 2 waiting"
+    )
+    assert [each.ends() for each in (first, second, third)] == [0, 0, 0]
+    assert "1 run is before this one" in third.said
+    assert [line.split()[1] for line in server.said.splitlines() if "64x64" in line] == [
+        "klein-1.png", "klein-2.png", "klein-3.png",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("how", "exit_code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_client_that_goes_leaves_no_half_picture_and_a_server_that_goes_on(server, kleinctl, start, how, exit_code):
+    running = start("run", "hang", *ANYWAY)
+    running.says("klein-tiny with moody")
+    until(working=True)
+    waiting = start("run", "never", *ANYWAY).says("1 run is before")
+    waiting.process.send_signal(how)
+    assert waiting.ends() == exit_code
+    until(working=True, waiting=0)
+    time.sleep(0.3)
+    running.process.send_signal(how)
+    assert running.ends() == exit_code
+    if how == signal.SIGINT:
+        assert running.said.endswith("interrupted\n") and "Traceback" not in running.said
+    until(working=False, loaded=False)
+    assert not list(running.log.parent.glob("*.png")) and not list(running.log.parent.glob(".*partial"))
+    assert kleinctl("run", "next", *ANYWAY).exit_code == 0
+    until(working=False, loaded=True)
+    assert len(children(server.process)) == 1 and server.said.count("64x64") == 2
+    assert "ended by its run" in server.said
+
+
+def test_a_worker_that_was_killed_while_it_had_nothing_to_do_is_replaced(server, kleinctl):
+    [worker] = children(server.process)
+    worker.kill()
+    answer = kleinctl("run", "next", *ANYWAY)
+    assert answer.exit_code == 0, answer.stderr
+    assert state(kleinctl)["loaded"] and "failed" not in server.said
+
+
+def test_memory_is_freed_when_asked_and_the_next_job_loads_again(server, kleinctl):
+    assert conforms(kleinctl("serve", "--free", "--json").stdout)["loaded"] is False
+    assert children(server.process) == [] and "memory freed as asked" in server.said
+    assert kleinctl("run", "next", *ANYWAY).exit_code == 0
+    assert state(kleinctl)["loaded"] is True
+
+
+def test_memory_is_freed_by_itself_after_a_while_without_a_job(moody, start, kleinctl):
+    server = start("serve", "--model", "klein-tiny", "--backend", "moody", "--idle", "1").says("waiting for jobs")
+    server.says("memory freed after 1 s without a job")
+    assert children(server.process) == []
+    assert kleinctl("run", "next", *ANYWAY).exit_code == 0
+
+
+def test_strangers_are_told_nothing_and_hold_nobody_up(server, kleinctl, empty_home):
+    said = json.loads((empty_home / "kleinctl" / "serve.json").read_text())
+    silent, slow = (socket.create_connection(("127.0.0.1", said["port"])) for _ in range(2))
+    slow.sendall(said["token"][:9].encode())
+    for first in (b"POST / HTTP/1.1\r\nHost: x\r\n\r\n", b"x" * 4096, b"\xff\0\n", said["token"][:-1].encode() + b"\n"):
+        with socket.create_connection(("127.0.0.1", said["port"]), 5) as stranger:
+            stranger.sendall(first)
+            with contextlib.suppress(ConnectionResetError):
+                assert stranger.recv(100) == b""
+    assert kleinctl("run", "next", *ANYWAY).exit_code == 0
+    for each in (silent, slow):
+        each.settimeout(5)
+        assert each.recv(100) == b""
+        each.close()
+    with socket.create_connection(("127.0.0.1", said["port"]), 5) as garbled:
+        garbled.sendall(said["token"].encode() + b"\n" + b"[" * 100_000 + b"\n")
+        while garbled.recv(2**16):
+            pass
+    assert state(kleinctl)["running"]
+
+
+def test_a_second_server_is_refused_and_the_secrets_are_in_one_private_file_alone(server, kleinctl, empty_home):
+    second = kleinctl("serve", "--model", "klein-tiny")
+    assert second.exit_code == 1 and "error[server-running]: a server runs already" in second.stderr
+    home = empty_home / "kleinctl"
+    assert stat.S_IMODE((home / "serve.json").stat().st_mode) == 0o600
+    assert kleinctl("run", "next", *ANYWAY).exit_code == 0
+    token = json.loads((home / "serve.json").read_text())["token"]
+    worker = children(server.process)[0]
+    shown = [" ".join(worker.cmdline()), *worker.environ().values(), server.said, second.stderr]
+    shown += [path.read_text() for path in (home / "logs").iterdir()]
+    assert not [text for text in shown if token in text]
+
+
+def test_a_server_that_died_is_forgotten_and_its_port_is_not_trusted(server, kleinctl, start, empty_home):
+    worker = children(server.process)[0]
+    server.process.kill()
+    server.ends()
+    worker.wait(5)
+    file = empty_home / "kleinctl" / "serve.json"
+    said = json.loads(file.read_text())
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # another program, that got the port
+        file.write_text(json.dumps({**said, "port": listener.getsockname()[1]}))
+        answer = kleinctl("run", "alone", *ANYWAY)
+    assert answer.exit_code == 0 and "without the server" not in answer.stderr
+    assert not file.exists()
+    file.write_text(json.dumps(said))
+    start("serve", "--model", "klein-tiny", "--backend", "moody").says("waiting for jobs")
+    assert state(kleinctl)["running"] and json.loads(file.read_text())["token"] != said["token"]
+
+
+def test_a_server_that_does_not_answer_is_done_without(server, kleinctl, empty_home):
+    file = empty_home / "kleinctl" / "serve.json"
+    whole = file.read_text()
+    file.write_text(whole.replace("kleinctl.serve/1", "kleinctl.serve/0"))
+    other = kleinctl("serve", "--status")
+    assert other.exit_code == 1 and "It speaks kleinctl.serve/0 with" in other.stderr
+    file.write_text(whole)
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        answer = kleinctl("run", "alone", *ANYWAY)
+        asked = kleinctl("serve", "--status")
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    assert answer.exit_code == 0 and "this runs without the server: It runs, and does not answer" in answer.stderr
+    assert asked.exit_code == 1 and "[server-unreachable]" in asked.stderr
+
+
+def test_what_the_loaded_model_cannot_answer_runs_without_the_server(server, kleinctl):
+    for options, why in [
+        (("--model", "klein-4b"), "It has klein-tiny with moody."),
+        (("--backend", "staged-decode"), "It has klein-tiny with moody."),
+        (("--precision", "fp8"), "It holds weights as klein-tiny's manifest says."),
+        (("--ram-limit", "1GiB"), "for more memory than the limit"),
+        (("--executor", "other"), "not where --executor other"),
+    ]:
+        answer = kleinctl("run", "a circle", "-o", "picture.gif", *options)  # which ends it before anything is loaded
+        assert answer.exit_code in (1, 2)
+        assert why in answer.stderr and answer.stderr.count("this runs without the server") == 1
+    assert kleinctl("run", "a", "--backend", "cross", "--size", "64").exit_code == 0
+    server.says("64x64")  # an alias of the backend it has
+
+
+@pytest.mark.parametrize("how", ["--stop", "signal"])
+def test_the_server_ends_and_leaves_nothing(server, kleinctl, start, how, empty_home):
+    worker = children(server.process)[0]
+    running = start("run", "hang", *ANYWAY)
+    until(working=True)
+    if how == "--stop":
+        assert kleinctl("serve", "--stop").stdout == "no server runs\n"
+    else:
+        server.process.terminate()
+    assert server.ends() == 0 and server.said.endswith("the server has ended\n")
+    assert running.ends() == 1 and "error[server-ended]: the server has ended" in running.said
+    worker.wait(5)
+    assert not (empty_home / "kleinctl" / "serve.json").exists()
+    assert not list(running.log.parent.glob("*.png")) and not list(running.log.parent.glob(".*partial"))
+    assert state(kleinctl) == {"schema": "kleinctl.serve/1", "running": False}
+    answer = kleinctl("serve", "--free")
+    assert answer.exit_code == 1 and "error[server-not-running]: no server runs" in answer.stderr
+
+
+def test_a_model_that_is_not_installed_is_not_served(kleinctl, empty_home):
+    answer = kleinctl("serve", "--model", "klein-tiny", KLEINCTL_OFFLINE="1")
+    assert answer.exit_code == 1 and "[model-not-installed]" in answer.stderr
+    assert not (empty_home / "kleinctl" / "serve.json").exists()
+
+
+def test_options_that_do_not_go_together(kleinctl):
+    for words in (("--free", "--stop"), ("--json",)):
+        assert kleinctl("serve", *words).exit_code == 2
+
+
+def test_a_private_file_is_private_from_its_first_moment(tmp_path, monkeypatch):
+    modes = []
+    opened = os.fdopen
+    monkeypatch.setattr(
+        os, "fdopen", lambda file, *rest, **more: modes.append(os.fstat(file).st_mode) or opened(file, *rest, **more)
+    )
+    os.umask(os.umask(0))
+    serve.private_file(tmp_path / "secret", "x")
+    assert [stat.S_IMODE(mode) for mode in modes] == [0o600]
+
+
+@pytest.mark.slow
+def test_klein_tiny_stays_loaded_and_gives_the_same_file(kleinctl, start, tmp_path, monkeypatch):
+    monkeypatch.setenv("KLEINCTL_OFFLINE", "1")
+    assert kleinctl("install", "--model", "klein-tiny").exit_code == 0
+    server = start("serve").says("waiting for jobs", 60)
+    words = ("run", "a red circle on a blue background", "--seed", "5")
+    warm = conforms(kleinctl(*words, "-o", "a.png", "--json").stdout)
+    cold = conforms(kleinctl(*words, "-o", "b.png", "--json", "--no-server").stdout)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert warm["record"] == cold["record"] and warm["strategy"] == cold["strategy"]
+    assert server.said.count("256x256") == 1

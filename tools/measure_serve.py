@@ -1,0 +1,78 @@
+"""What a run costs beyond drawing when a server has the model: process start to exit, less the seconds of its session.
+
+    python tools/measure_serve.py [--runs 9]
+
+Installs klein-tiny into a folder of its own, starts `kleinctl serve` there and prints a line per run, in milliseconds;
+exits with 1 when the median is over its budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+#: Seconds that a warm run may cost beyond what its session takes.
+BUDGET = 0.3
+KLEINCTL = [sys.executable, "-m", "kleinctl"]
+STAGES = ("load", "encode", "denoise", "decode")
+
+
+def kleinctl(*words: str) -> str:
+    """What a command prints."""
+    return subprocess.run([*KLEINCTL, *words], capture_output=True, text=True, check=True).stdout
+
+
+def start_server() -> subprocess.Popen[str]:
+    """A server that has loaded klein-tiny."""
+    server = subprocess.Popen([*KLEINCTL, "serve", "--model", "klein-tiny"], stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    while "waiting for jobs" not in (line := server.stderr.readline()):
+        if not line:
+            sys.exit("the server does not start")
+    return server
+
+
+def measure(folder: Path, number: int) -> tuple[float, float]:
+    """Seconds from process start to exit, and those of the session."""
+    start = time.perf_counter()
+    said = kleinctl("run", "a red circle", "--seed", str(number), "-o", str(folder / f"{number}.png"), "--json")
+    took = time.perf_counter() - start
+    document: dict[str, Any] = json.loads(said)
+    return took, sum(document["images"][0]["seconds"][stage] for stage in STAGES)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=9)
+    runs = parser.parse_args().runs
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {"KLEINCTL_HOME": str(Path(folder) / "home"), "KLEINCTL_OFFLINE": "1"}
+        kleinctl("install", "--model", "klein-tiny")
+        server = start_server()
+        try:
+            measure(Path(folder), 0)  # warms the disk cache
+            beyond = []
+            for number in range(1, runs + 1):
+                took, session = measure(Path(folder), number)
+                beyond.append(took - session)
+                print(
+                    f"{took * 1000:6.0f} ms, of which drawing {session * 1000:6.0f}, the rest {beyond[-1] * 1000:4.0f}"
+                )
+        finally:
+            server.terminate()
+            server.wait()
+    median = statistics.median(beyond)
+    print(f"median {median * 1000:.0f} ms beyond drawing, budget {BUDGET * 1000:.0f} ms")
+    return int(median > BUDGET)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
