@@ -1,7 +1,7 @@
 """Time and memory of pictures within several budgets of VRAM, beside what was predicted and beside another program.
 
-For each budget other memory of the card is really taken by another process; then a fresh session makes pictures by the
-road that `kleinctl run` takes. One line that fails is told, and the others go on.
+For each budget other memory of the card is really taken by another process; then a fresh session makes pictures of each
+size by the road that `kleinctl run` takes. One line that fails is told, and the others go on.
 """
 
 from __future__ import annotations
@@ -77,11 +77,12 @@ class Asked:
 class Figures:
     """What was measured: seconds of the first picture from process start, of each new prompt, of the last one again.
 
-    `vram_bytes` is the most of the card that was taken, with the context, `host_bytes` of the process's own memory.
+    `seconds_first` is None where the session had drawn in another size before. `vram_bytes` is the most of the card
+    that was taken, with the context, `host_bytes` of the process's own memory.
     """
 
     strategy: str
-    seconds_first: float
+    seconds_first: float | None
     seconds_new: tuple[float, ...]
     seconds_again: float
     vram_bytes: int
@@ -148,30 +149,34 @@ class Opened:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
-Opening = Callable[[], contextlib.AbstractContextManager[Opened]]
+#: A line with its prediction, a key that is another where another session is needed, and what starts that session.
+Ready = tuple[Line, str, Callable[[], contextlib.AbstractContextManager[Opened]]]
+Open = Callable[[Line, "Hardware"], Ready]
 OnProgress = Callable[[str, int, int], None]
 
 
 def measure(asked: Asked, on_progress: OnProgress) -> Iterator[Line]:
     """Each line as soon as it is there; `on_progress(text, done, total)` hears of pictures.
 
-    Plain diffusers is measured once without a limit, and once where it has to offload: with less it takes as long.
+    A budget has one session, which draws in every size. Plain diffusers is measured once without a limit, and once
+    where it has to offload: with less it takes as long.
     """
-    for width, height in asked.sizes:
-        reference: Figures | None = None
-        if asked.against == "diffusers":
-            line = _guarded(Line("diffusers", width, height), lambda line: _model_card(asked, line, on_progress))
-            reference = line.figures
-            yield _compared(line, reference)
-        offloaded = False
-        for free in asked.free:
-            for line in _lines(asked, Line("", width, height, free), on_progress, card=not offloaded):
-                offloaded = offloaded or (line.who == "diffusers" and line.figures is not None)
-                yield _compared(line, reference)
+    references: dict[tuple[int, int], Figures] = {}
+    if asked.against == "diffusers":
+        for line in _lines(asked, None, partial(_model_card, asked), "diffusers", asked.sizes, on_progress):
+            if line.figures is not None:
+                references[line.width, line.height] = line.figures
+            yield _compared(line, references)
+    offloaded = False
+    for free in asked.free:
+        for line in _within(asked, free, on_progress, card=not offloaded):
+            offloaded = offloaded or (line.who == "diffusers" and line.figures is not None)
+            yield _compared(line, references)
 
 
-def _compared(line: Line, reference: Figures | None) -> Line:
+def _compared(line: Line, references: Mapping[tuple[int, int], Figures]) -> Line:
     """The line beside plain diffusers without a limit; ComfyUI draws from other noise, so its pixels are others."""
+    reference = references.get((line.width, line.height))
     if line.figures is None or reference is None:
         return line
     same = all(own == theirs for own, theirs in zip(line.figures.pixels, reference.pixels, strict=False))
@@ -179,40 +184,72 @@ def _compared(line: Line, reference: Figures | None) -> Line:
     return replace(line, share=share, same=None if line.who == "comfyui" else same)
 
 
-def _lines(asked: Asked, bare: Line, on_progress: OnProgress, *, card: bool) -> Iterator[Line]:
+def _within(asked: Asked, free: int | None, on_progress: OnProgress, *, card: bool) -> Iterator[Line]:
     """The lines of one budget, with the rest of the VRAM taken meanwhile; `card`: with the model card's path."""
-    ways: list[tuple[str, Callable[[Line], Line]]] = [
-        (name or "kleinctl", partial(_kleinctl, asked, name, on_progress)) for name in asked.backends
+    ways: list[tuple[str, Open, Sequence[tuple[int, int]]]] = [
+        (name or "kleinctl", partial(_kleinctl, asked, name), asked.sizes) for name in asked.backends
     ]
-    if asked.against == "diffusers" and card and bare.free_bytes is not None:
-        ways.append(("diffusers", lambda line: _model_card(asked, line, on_progress)))
+    if asked.against == "diffusers" and card and free is not None:
+        ways.append(("diffusers", partial(_model_card, asked), asked.sizes[:1]))
     if asked.against == "comfyui":
-        ways.append(("comfyui", lambda line: _comfyui(asked, line, on_progress)))
-    lines = [replace(bare, who=who) for who, _ in ways]
+        ways.append(("comfyui", partial(_comfyui, asked), asked.sizes))
     done = 0
     try:
         with contextlib.ExitStack() as stack:
-            if bare.free_bytes is not None:
-                on_progress(f"taking memory until {gib(bare.free_bytes)} are free", 0, 1)
-                stack.enter_context(_held(asked, bare))
-            for line, (_, work) in zip(lines, ways, strict=True):
+            if free is not None:
+                on_progress(f"taking memory until {gib(free)} are free", 0, 1)
+                stack.enter_context(_held(asked, free))
+            for who, opening, sizes in ways:
+                yield from _lines(asked, free, opening, who, sizes, on_progress)
                 done += 1
-                yield _guarded(line, work)
     except KleinctlError as error:
-        for line in lines[done:]:
-            yield replace(line, problem=error.problem)
+        for who, _, sizes in ways[done:]:
+            yield from (Line(who, *size, free, problem=error.problem) for size in sizes)
 
 
-def _guarded(line: Line, work: Callable[[Line], Line]) -> Line:
-    """The line with its figures, or with what went wrong."""
+def _lines(
+    asked: Asked,
+    free: int | None,
+    opening: Open,
+    who: str,
+    sizes: Sequence[tuple[int, int]],
+    on_progress: OnProgress,
+) -> Iterator[Line]:
+    """A line for each size, drawn by one session; a fresh one where it has to be another, or the last one failed."""
     try:
-        return work(line)
-    except KleinctlError as error:
-        return replace(line, problem=error.problem)
-    except Exception as error:  # one line must not cost the others
-        why = f"{type(error).__name__}: {error}"
-        fix = "kleinctl doctor"
-        return replace(line, problem=Problem(f"{line.who} could not be measured", why, fix, name="bench-line-failed"))
+        hardware = asked.detect()
+    except Exception as error:
+        yield from (Line(who, *size, free, problem=_failed(who, error)) for size in sizes)
+        return
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(watch := Watch(hardware.gpu))
+        session, key = contextlib.ExitStack(), ""
+        stack.callback(lambda: session.close())
+        opened: Opened | None = None
+        for width, height in sizes:
+            line = Line(who, width, height, free)
+            since = time.perf_counter()
+            try:
+                line, wanted, start = opening(line, hardware)
+                if opened is None or wanted != key:
+                    session.close()
+                    session, key = contextlib.ExitStack(), wanted
+                    opened = session.enter_context(start())
+                    first: float | None = since
+                else:
+                    first = None
+                yield _drawn(asked, line, opened, watch, first, on_progress)
+            except KleinctlError as error:
+                opened = None
+                yield replace(line, problem=error.problem)
+            except Exception as error:  # one line must not cost the others
+                opened = None
+                yield replace(line, problem=_failed(who, error))
+
+
+def _failed(who: str, error: Exception) -> Problem:
+    why = f"{type(error).__name__}: {error}"
+    return Problem(f"{who} could not be measured", why, "kleinctl doctor", name="bench-line-failed")
 
 
 # Those who draw
@@ -233,38 +270,32 @@ def _way(asked: Asked, line: Line, backend: str | None, hardware: Hardware, *, m
     return found[0]
 
 
-def _kleinctl(asked: Asked, backend: str | None, on_progress: OnProgress, line: Line) -> Line:
-    hardware = asked.detect()
+def _kleinctl(asked: Asked, backend: str | None, line: Line, hardware: Hardware) -> Ready:
     way = _way(asked, line, backend, hardware)
     request = _request(asked, way, hardware, _jobs(asked, line)[0])
     named = replace(line, who=way.backend.name, fit=way.candidate.fit)
-    return _drawn(asked, named, hardware, lambda: _worker(request), on_progress)
+    return named, f"{way.backend.name} on {way.candidate.device}", lambda: _worker(request)
 
 
-def _model_card(asked: Asked, line: Line, on_progress: OnProgress) -> Line:
+def _model_card(asked: Asked, line: Line, hardware: Hardware) -> Ready:
     """Plain diffusers: everything on the card where that fits, else the model card's offload."""
-    hardware = asked.detect()
     way = _way(asked, line, asked.backends[0], hardware, must_fit=False)
     job = _jobs(asked, line)[0]
-    request = _request(asked, way, hardware, job)
     resident = memory.weight_bytes(asked.model) + memory.decode_bytes(asked.model, job) + memory.CONTEXT_BYTES
-    fits = hardware.gpu is None or resident <= hardware.gpu.vram_free_bytes
-    request = replace(
-        request,
-        plugin="kleinctl.worker.model_card",
-        backend="resident" if fits else "offload",
-        budget=replace(request.budget, vram_bytes=NO_LIMIT),
-    )
-    return _drawn(asked, line, hardware, lambda: _worker(request), on_progress)
+    name = "resident" if hardware.gpu is None or resident <= hardware.gpu.vram_free_bytes else "offload"
+    request = _request(asked, way, hardware, job)
+    budget = replace(request.budget, vram_bytes=NO_LIMIT)
+    request = replace(request, plugin="kleinctl.worker.model_card", backend=name, budget=budget)
+    return line, name, lambda: _worker(request)
 
 
-def _comfyui(asked: Asked, line: Line, on_progress: OnProgress) -> Line:
+def _comfyui(asked: Asked, line: Line, hardware: Hardware) -> Ready:
     from kleinctl import against
 
     assert asked.url is not None
     url = asked.url
     against.forget(url)
-    return _drawn(asked, line, asked.detect(), lambda: against.comfyui(url, asked.model), on_progress)
+    return line, url, lambda: against.comfyui(url, asked.model)
 
 
 def _request(asked: Asked, way: Way, hardware: Hardware, first: Job) -> generate.Request:
@@ -302,42 +333,42 @@ def _jobs(asked: Asked, line: Line) -> list[Job]:
     return [replace(base, prompt=f"a picture number {number} of a cat", seed=number) for number in range(count)]
 
 
-def _drawn(asked: Asked, line: Line, hardware: Hardware, opening: Opening, on_progress: OnProgress) -> Line:
-    """The line with the figures of new prompts, and of the last one again."""
+def _drawn(
+    asked: Asked, line: Line, opened: Opened, watch: Watch, first: float | None, on_progress: OnProgress
+) -> Line:
+    """The line with the figures of new prompts, and of the last one again; `first` is when the session was begun."""
     jobs = _jobs(asked, line)
     seconds: list[float] = []
     hashes, stages = [], []
     about = line.who if line.free_bytes is None else f"{line.who}, {gib(line.free_bytes)} free"
-    with tempfile.TemporaryDirectory(prefix="kleinctl-bench-") as folder, Watch(hardware.gpu) as watch:
-        start = since = time.perf_counter()
-        with opening() as opened:
+    start = time.perf_counter()
+    watch.begin()
+    with tempfile.TemporaryDirectory(prefix="kleinctl-bench-") as folder:
 
-            def draw(job: Job, number: int) -> None:
-                nonlocal since
-                on_progress(f"{line.width}x{line.height} {about}", number, len(jobs) + 1)
-                digest, spent = opened.draw(job, Path(folder, f"{number}.png"))
-                now = time.perf_counter()
-                seconds.append(now - since)
-                hashes.append(digest)
-                stages.append(spent)
-                since = now
+        def draw(job: Job, number: int) -> None:
+            on_progress(f"{line.width}x{line.height} {about}", number, len(jobs) + 1)
+            since = time.perf_counter()
+            digest, spent = opened.draw(job, Path(folder, f"{number}.png"))
+            seconds.append(time.perf_counter() - since)
+            hashes.append(digest)
+            stages.append(spent)
 
-            for number, job in enumerate(jobs):
-                if number > WARM_UP and time.perf_counter() - start > LINE_SECONDS:
-                    break
-                draw(job, number)
-            draw(jobs[len(seconds) - 1], len(jobs))
-            figures = Figures(
-                strategy=opened.strategy(),
-                seconds_first=seconds[0],
-                seconds_new=tuple(seconds[WARM_UP:-1]),
-                seconds_again=seconds[-1],
-                vram_bytes=watch.vram_bytes,
-                host_bytes=watch.host_bytes,
-                pixels=tuple(hashes[:-1]),
-                stages=_medians(stages[WARM_UP:-1]),
-                versions=opened.versions,
-            )
+        for number, job in enumerate(jobs):
+            if number > WARM_UP and time.perf_counter() - start > LINE_SECONDS:
+                break
+            draw(job, number)
+        draw(jobs[len(seconds) - 1], len(jobs))
+    figures = Figures(
+        strategy=opened.strategy(),
+        seconds_first=None if first is None else start - first + seconds[0],
+        seconds_new=tuple(seconds[WARM_UP:-1]),
+        seconds_again=seconds[-1],
+        vram_bytes=watch.vram_bytes,
+        host_bytes=watch.host_bytes,
+        pixels=tuple(hashes[:-1]),
+        stages=_medians(stages[WARM_UP:-1]),
+        versions=opened.versions,
+    )
     return replace(line, figures=figures)
 
 
@@ -350,7 +381,10 @@ def _medians(stages: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 class Watch:
-    """Most of the card's memory, and of this process's new children's own memory, that was taken while this lasts."""
+    """Most of the card's memory, and of this process's new children's own memory, that was taken since `begin`.
+
+    It begins before the children do, and knows what others had taken until then.
+    """
 
     def __init__(self, gpu: Gpu | None) -> None:
         self.vram_bytes = self.host_bytes = 0
@@ -363,6 +397,10 @@ class Watch:
         for thread in self._threads:
             thread.start()
         return self
+
+    def begin(self) -> None:
+        """Forget the peaks until now."""
+        self.vram_bytes = self.host_bytes = 0
 
     def __exit__(self, *rest: object) -> None:
         self._ended.set()
@@ -422,8 +460,8 @@ def _memory(gpu: Gpu | None) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _held(asked: Asked, line: Line) -> Iterator[None]:
-    """Other memory of the card taken, until only what the line says is free.
+def _held(asked: Asked, free: int) -> Iterator[None]:
+    """Other memory of the card taken, until only `free` bytes are free.
 
     Raises:
         KleinctlError: there is no card, or it has not so much free.
@@ -431,10 +469,10 @@ def _held(asked: Asked, line: Line) -> Iterator[None]:
     hardware = asked.detect()
     if hardware.gpu is None:
         raise no_card()
-    way = _way(asked, line, asked.backends[0], hardware, must_fit=False)
+    way = _way(asked, Line("holder", *asked.sizes[0]), asked.backends[0], hardware, must_fit=False)
     holder = Holder(asked.environment(way, hardware).python, hardware.gpu)
     try:
-        holder.leave(line.free_bytes or 0)
+        holder.leave(free)
         yield
     finally:
         holder.close()

@@ -71,7 +71,7 @@ class StagedDecode:
             vram_bytes=vram,
             ram_bytes=host,
             disk_bytes=model.bytes(self.layout),
-            seconds_first=memory.IMPORT_SECONDS + memory.read_seconds(weights, hardware, warm=False) + compute,
+            seconds_first=_first_seconds(weights, hardware) + compute,
             seconds_next=plan.seconds,
             fits=why_not is None,
             strategy=plan.strategy,
@@ -403,6 +403,11 @@ class Session:
         self.pipe = self.vae = None
         gc.collect()
         self._release()
+
+
+def _first_seconds(weights: int, hardware: Hardware) -> float:
+    """From process start until `weights` bytes are where they compute: they are read while libraries are imported."""
+    return max(memory.start_seconds(hardware), memory.read_seconds(weights, hardware, warm=False))
 
 
 def _silent(stage: str, done: int, total: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
@@ -145,8 +146,8 @@ def test_a_line_that_fails_does_not_cost_the_others(klein):
     lines = list(bench.measure(asked(klein, against="diffusers"), lambda *said: None))
     assert [(line.who, line.width) for line in lines] == [
         ("diffusers", 512),
-        ("kleinctl", 512),
         ("diffusers", 1024),
+        ("kleinctl", 512),
         ("kleinctl", 1024),
     ]
     assert {line.problem.name for line in lines} == {"bench-line-failed"}
@@ -162,7 +163,7 @@ def test_a_budget_that_cannot_be_had_is_told_in_each_of_its_lines(klein):
 
 
 def test_a_line_stands_beside_plain_diffusers():
-    reference = figures(0.5)
+    reference = {(1024, 1024): figures(0.5)}
     line = bench.Line("staged-decode", 1024, 1024, 8 * GIB, figures(0.6), Fit(8 * GIB, 0, 0, 3, 0.55, True, "streamed"))
     compared = bench._compared(line, reference)
     assert (compared.share, compared.same) == (pytest.approx(1.2), True)
@@ -177,24 +178,42 @@ def test_a_line_stands_beside_plain_diffusers():
 def test_new_prompts_and_the_last_once_more(klein, monkeypatch):
     drawn: list[tuple[str, int]] = []
 
-    class Opening:
-        def __enter__(self) -> bench.Opened:
-            def draw(job: Job, output: Path) -> tuple[str, dict[str, float]]:
-                drawn.append((job.prompt, job.seed))
-                return job.prompt, {"denoise": 1.0}
+    def draw(job: Job, output: Path) -> tuple[str, dict[str, float]]:
+        drawn.append((job.prompt, job.seed))
+        return job.prompt, {"denoise": 1.0}
 
-            return bench.Opened(draw, lambda: "so")
+    opened, line = bench.Opened(draw, lambda: "so"), bench.Line("x", 512, 512)
 
-        def __exit__(self, *rest: object) -> None: ...
+    def measured(first: float | None) -> bench.Figures:
+        found = bench._drawn(asked(klein), line, opened, bench.Watch(None), first, lambda *said: None).figures
+        assert found is not None
+        return found
 
-    machine = replace(imagine("RTX 4090", 32 * GIB), gpus=())
-    line = bench._drawn(asked(klein), bench.Line("x", 512, 512), machine, Opening, lambda *said: None)
+    found = measured(0.0)
     assert len(drawn) == 5 and len(set(drawn)) == 4 and drawn[-1] == drawn[-2]
-    assert len(line.figures.seconds_new) == 2 and len(line.figures.pixels) == 4
+    assert len(found.seconds_new) == 2 and len(found.pixels) == 4 and found.seconds_first > 0
     monkeypatch.setattr(bench, "LINE_SECONDS", 0.0)
     drawn.clear()
-    line = bench._drawn(asked(klein), bench.Line("x", 512, 512), machine, Opening, lambda *said: None)
-    assert len(line.figures.seconds_new) == 1 and drawn[-1] == drawn[-2]
+    found = measured(None)
+    assert len(found.seconds_new) == 1 and drawn[-1] == drawn[-2] and found.seconds_first is None
+
+
+def test_one_session_draws_every_size(klein):
+    """A budget that starts torch anew for each size takes minutes more."""
+    opened: list[str] = []
+
+    @contextlib.contextmanager
+    def start() -> Iterator[bench.Opened]:
+        opened.append("start")
+        yield bench.Opened(lambda job, output: (job.prompt, {}), lambda: "so")
+        opened.append("end")
+
+    machine = replace(imagine("RTX 4090", 32 * GIB), gpus=())
+    found = asked(klein, detect=lambda: machine)
+    ready = lambda line, hardware: (line, "a key", start)  # noqa: E731
+    lines = list(bench._lines(found, None, ready, "x", found.sizes, lambda *said: None))
+    assert opened == ["start", "end"]
+    assert [line.figures.seconds_first is None for line in lines] == [False, True]
 
 
 def test_a_chart_that_cannot_be_drawn(tmp_path):

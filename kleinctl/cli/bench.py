@@ -209,10 +209,11 @@ def row(line: Line) -> str:
     own, fit = line.figures, line.fit
     seconds = f"{own.seconds:.2f}" + (f" ({fit.seconds_next:.2f})" if fit else "")
     memory = f"{own.vram_bytes / GIB:.2f}" + (f" ({fit.vram_bytes / GIB:.2f})" if fit else "")
+    first = "-" if own.seconds_first is None else f"{own.seconds_first:.2f}"
     share = "-" if line.share is None else f"{line.share:.2f}"
     same = "-" if line.same is None else "yes" if line.same else "NO"
     return (
-        f"{head}{own.seconds_first:6.2f} {seconds:>13} {share:>5} {own.seconds_again:6.2f} {memory:>13}"
+        f"{head}{first:>6} {seconds:>13} {share:>5} {own.seconds_again:6.2f} {memory:>13}"
         f" {own.host_bytes / GIB:5.1f} {same:>4}  {own.strategy}"
     )
 
