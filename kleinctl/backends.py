@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from kleinctl.hardware.facts import Hardware
-
 if TYPE_CHECKING:
     from kleinctl.environment import Environment
+    from kleinctl.hardware import Hardware
     from kleinctl.manifest import Model
     from kleinctl.problem import Problem
 

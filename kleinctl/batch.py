@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from kleinctl.backends import Job
-from kleinctl.generate import numbered
 from kleinctl.pictures import reference
 from kleinctl.problem import KleinctlError, Misuse, Problem, did_you_mean
-from kleinctl.records import MAX_SIDE, is_picture_of
+from kleinctl.records import MAX_SIDE, is_picture_of, numbered
 from kleinctl.units import asked_size, bytes_text, nearest_size, parse_size
 
 #: A model reads a few hundred words; what is longer is no prompt. Bytes of a line, and of a file.

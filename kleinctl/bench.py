@@ -330,7 +330,8 @@ def _jobs(asked: Asked, line: Line) -> list[Job]:
     """New prompts, each with its seed."""
     base = default_job(asked.model, **{**asked.changes, "width": line.width, "height": line.height})
     count = WARM_UP + asked.runs
-    return [replace(base, prompt=f"a picture number {number} of a cat", seed=number) for number in range(count)]
+    what = f"a picture of a cat, {line.width} wide and {line.height} high, number"  # new to a session in every size
+    return [replace(base, prompt=f"{what} {number}", seed=number) for number in range(count)]
 
 
 def _drawn(

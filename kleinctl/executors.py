@@ -17,14 +17,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from kleinctl.exits import exit_text, looks_like_no_memory, oom_kills
-from kleinctl.logs import LogPattern, explain
 from kleinctl.problem import KleinctlError, Problem
 from kleinctl.worker import protocol
-from kleinctl.worker.log import WorkerLog
 from kleinctl.worker.protocol import Close, Failed, Hello, Progress, Reply, Request, Setup
+
+if TYPE_CHECKING:
+    from kleinctl.logs import LogPattern
 
 BOOTSTRAP = Path(__file__).parent / "worker" / "bootstrap.py"
 
@@ -107,6 +108,8 @@ class ProcessWorker:
     """A worker process, its pipes and its log."""
 
     def __init__(self, executor: ProcessExecutor, python: Path, gpu: str | None) -> None:
+        from kleinctl.worker.log import WorkerLog  # not when a server has the worker: then nobody needs it
+
         self._executor = executor
         self._oom_kills = oom_kills()
         try:
@@ -258,6 +261,8 @@ class ProcessWorker:
 
     def _failure(self, failed: Failed) -> Problem:
         """The problem behind a request that failed."""
+        from kleinctl.logs import explain
+
         if failed.problem is not None:
             return failed.problem
         said = f"{failed.error}: {failed.message}"
@@ -273,6 +278,8 @@ class ProcessWorker:
 
     def _death(self) -> Problem:
         """Why the worker ended."""
+        from kleinctl.logs import explain
+
         ended = self._ended(5)
         self.stop()
         status = self._process.returncode

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from kleinctl.home import home
 from kleinctl.manifest import Model
 from kleinctl.pictures import reference
 from kleinctl.problem import KleinctlError, Misuse, Problem
-from kleinctl.records import begin
+from kleinctl.records import begin, numbered
+from kleinctl.units import bytes_text
 from kleinctl.worker import protocol
 from kleinctl.worker.protocol import (
     NO_PIXELS,
@@ -206,7 +207,9 @@ def run(request: Request, on_event: OnEvent, executor: Executor | None = None) -
     start = time.monotonic()
     check_jobs(() if request.origins else request.jobs)
     prepare_outputs(request.jobs, request.outputs)
-    with Painter(request, _steps(request, 0, on_event), executor) as painter:
+    one = len(request.jobs) == 1 and not request.origins  # several are never named one by one
+    named = [output for output in request.outputs if one and output.exists()]
+    with Painter(request, _steps(request, 0, on_event), executor, named) as painter:
         images, failures = _paint_all(painter, request, on_event)
         seconds = time.monotonic() - start
     loaded = painter.loaded
@@ -287,14 +290,20 @@ def _with_finished(error: KleinctlError, finished: int, count: int) -> KleinctlE
 class Painter:
     """A model loaded in a worker, that makes one picture after another. Used in a `with` block.
 
+    Files that are `named` may be replaced though they are called as kleinctl calls pictures.
+
     Raises:
         KleinctlError: the worker does not start, or the model does not load.
     """
 
     def __init__(
-        self, request: Request, on_progress: Callable[[Progress], None], executor: Executor | None = None
+        self,
+        request: Request,
+        on_progress: Callable[[Progress], None],
+        executor: Executor | None = None,
+        named: Collection[Path] = (),
     ) -> None:
-        self._request = request
+        self._request, self._named = request, named
         self._place = executor or ProcessExecutor()
         self._partial: Path | None = None
         self._worker: WorkerHandle | None = None
@@ -345,19 +354,22 @@ class Painter:
     def paint(self, job: Job, output: Path, on_progress: Callable[[Progress], None]) -> Image:
         """Make the picture of `job` and put it at `output`, replacing what is there.
 
+        Where `output` is a name that kleinctl gave and somebody else has taken meanwhile, it goes beside that.
+
         Raises:
             KleinctlError: it failed; the next job may succeed.
             WorkerDied: it failed and took the worker along; the next job gets another.
         """
         check_jobs([job])  # a reference may have gone since the run began
+        first = None if output in self._named else _first_name(job, output.absolute())
         output, wanted = output.absolute(), self._request
         self._partial = output.with_name(f".{output.name[:100]}.{os.getpid()}.partial")
         record = begin(job, wanted.model, wanted.backend, wanted.parts)
-        reply = self._ask(Generate(_absolute(job), output, self._partial, record), on_progress)
+        reply = self._ask(Generate(_absolute(job), output, self._partial, record, first), on_progress)
         assert isinstance(reply, Made)
         self._partial = None
         return Image(
-            path=output,
+            path=reply.output or output,
             job=job,
             sha256=reply.sha256,
             pixels_sha256=reply.pixels_sha256,
@@ -462,11 +474,10 @@ def _default_names(jobs: Sequence[Job], folder: Path) -> tuple[Path, ...]:
     return tuple(chosen)
 
 
-def numbered(path: Path) -> Iterator[Path]:
-    """`path`, and with numbers from 2 on where that name is taken: `klein-7.png`, `klein-7-2.png`, …"""
-    yield path
-    for number in itertools.count(2):
-        yield path.with_stem(f"{path.stem}-{number}")
+def _first_name(job: Job, output: Path) -> Path | None:
+    """The name that kleinctl gives the first picture of `job`, if `output` is it or counts from it: see `numbered`."""
+    given = re.fullmatch(rf"(klein-(?:\d{{4,}}-)?{job.seed})(?:-\d+)?\.png", output.name)
+    return output.with_name(f"{given[1]}.png") if given else None
 
 
 def check_outputs(outputs: Iterable[Path]) -> None:
@@ -509,7 +520,7 @@ def prepare_outputs(jobs: Sequence[Job], outputs: Sequence[Path]) -> None:
             raise _no_folder(folder, error) from None
         needed = sum(job.width * job.height * 3 for job in jobs)  # a PNG is rarely larger than its pixels
         if free < needed:
-            why = f"The pictures take up to {needed} bytes, and {free} are free."
+            why = f"The pictures take up to {bytes_text(needed)}, and {bytes_text(free)} are free."
             raise KleinctlError(Problem(f"the disk of {folder} is full", why, "free some space", name="disk-full"))
 
 

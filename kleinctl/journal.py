@@ -402,6 +402,8 @@ class Commit:
         if (now, branch) != (self.commit, self.branch):
             there = f"{now[:10] or 'no commit'} on {branch or 'no branch'}"
             raise changed(self.checkout, f"Left there was {self.commit[:10]} on {self.branch}; now it is {there}.")
+        if settings := git.risky(folder):
+            raise changed(self.checkout, f"With {settings[0]} in its .git/config git may run a program.")
         if edited := git.changes(folder):
             raise changed(self.checkout, f"Files of it were edited: {', '.join(edited[:3])}.")
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,6 @@ from kleinctl import __version__
 from kleinctl.backends import Job
 from kleinctl.pngtext import read_text
 from kleinctl.problem import KleinctlError, Misuse, Problem
-from kleinctl.verify import hash_file
 
 if TYPE_CHECKING:
     from kleinctl.manifest import Model
@@ -29,6 +29,9 @@ def begin(job: Job, model: Model, backend: str, parts: Mapping[str, str]) -> dic
     Raises:
         OSError: a reference picture cannot be read.
     """
+    if job.images:
+        from kleinctl.verify import hash_file  # takes a hundredth of a second, like most that is imported late here
+
     return {
         "schema": RECORD_SCHEMA,
         "prompt": job.prompt,
@@ -59,6 +62,13 @@ def is_picture_of(png: Path, begun: Mapping[str, Any]) -> bool:
     same = all(record.get(key) == value for key, value in begun.items() if key != "images")
     alike = digests == [each["sha256"] for each in begun["images"]]
     return same and alike and record.get("precision", "") == begun.get("precision", "")
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """`path`, and with numbers from 2 on where that name is taken: `klein-7.png`, `klein-7-2.png`, …"""
+    yield path
+    for number in itertools.count(2):
+        yield path.with_stem(f"{path.stem}-{number}")
 
 
 def read_record(png: Path) -> dict[str, Any]:
@@ -146,6 +156,8 @@ def _check_references(wanted: Sequence[tuple[str, str]], images: Sequence[Path])
                 name="references-missing",
             )
         )
+    from kleinctl.verify import hash_file
+
     for (name, digest), path in zip(wanted, images, strict=True):
         if hash_file(path) != digest:
             raise KleinctlError(

@@ -16,6 +16,7 @@ import json
 import os
 import select
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -293,34 +294,36 @@ def connect(on_wait: Callable[[int], None] = lambda before: None) -> Server | No
     """
     try:
         said = json.loads(server_file().read_bytes())
-        speaks, port, token, proof = (said[key] for key in ("speaks", "port", "token", "proof"))
-    except (OSError, ValueError, LookupError, TypeError):
+        speaks, port = said["speaks"], int(said["port"])
+        token, proof = (str(said[key]).encode("ascii") for key in ("token", "proof"))
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):
         return None
-    server = _greet(int(port), str(token), str(proof), on_wait) if speaks == SPEAKS else None
+    server = _greet(port, token, proof, on_wait) if speaks == SPEAKS else None
     if server is None and not forgotten():
         other = f"It speaks {str(speaks)[:80]}; this kleinctl speaks {SPEAKS}."
-        raise _unreachable("It runs, and does not answer on its port." if speaks == SPEAKS else other)
+        raise _unreachable("It runs, and does not answer on its port." if speaks == SPEAKS else other, said.get("pid"))
     return server
 
 
-def greeted(line: Line, token: str) -> bool:
+def greeted(line: Line, token: bytes) -> bool:
     """Whether the other side knows the token."""
     heard = line.read(SECRET_BYTES, SECRET_SECONDS)
-    return heard is not None and hmac.compare_digest(heard, token.encode())
+    return heard is not None and hmac.compare_digest(heard, token)
 
 
-def _greet(port: int, token: str, proof: str, on_wait: Callable[[int], None]) -> Server | None:
-    with contextlib.suppress(OSError):
+def _greet(port: int, token: bytes, proof: bytes, on_wait: Callable[[int], None]) -> Server | None:
+    with contextlib.suppress(OSError, OverflowError):  # the latter: there is no such port
         line = Line(socket.create_connection((ADDRESS, port), SECRET_SECONDS))
-        line.write(token.encode())
+        line.write(token)
         if greeted(line, proof) and isinstance(state := line.receive(SECRET_SECONDS), State):
             return Server(line, state, on_wait)
         line.close()
     return None
 
 
-def _unreachable(why: str) -> KleinctlError:
-    fix = "end its process, then: kleinctl serve"
+def _unreachable(why: str, pid: Any) -> KleinctlError:
+    end = "taskkill /F /PID" if sys.platform == "win32" else "kill"
+    fix = f"{end} {pid}" if isinstance(pid, int) else "end its process, then: kleinctl serve"
     return KleinctlError(Problem("the server cannot be reached", why, fix, name="server-unreachable"))
 
 

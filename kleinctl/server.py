@@ -323,7 +323,7 @@ class Server:
         line = Line(connection)
         client = Client(line)
         try:
-            if not serve.greeted(line, token):
+            if not serve.greeted(line, token.encode()):
                 return
             line.write(proof.encode())
             line.send(self.state)

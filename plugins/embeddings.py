@@ -1,7 +1,8 @@
 """Prompts' embeddings, kept in memory and on disk: a prompt that comes again needs no text encoder.
 
 The key is everything that decides the result: the prompt, the encoder's and the tokenizer's files by sha256, how much
-is read, the precision, the device, and the versions of what computes. What is read back has the same bits.
+is read, the precision, the device, and the versions of what computes. What is read back has the same bits: a file has
+its tensor's sha256, and one that was damaged is encoded anew.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,8 @@ from kleinctl import InstalledModel
 
 #: Embeddings that a session remembers, and bytes of them that the folder may take (7.9 MB each).
 REMEMBERED, FOLDER_BYTES = 32, 512 * 2**20
+#: After so many seconds nobody writes a partial file any more.
+PARTIAL_SECONDS = 3600
 #: Roles of parts that have no say in what a prompt becomes.
 OTHER_ROLES = ("licence", "scheduler", "transformer", "vae")
 
@@ -64,33 +68,48 @@ class Embeddings:
             self._remembered.popitem(last=False)
 
     def _read(self, key: str) -> Any:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
         if self._folder is None:
             return None
         path = self._folder / f"{key}.safetensors"
         try:
-            found = load_file(path)["embedding"]
+            with safe_open(path, "pt") as file:
+                found, written = file.get_tensor("embedding"), file.metadata()["sha256"]
             os.utime(path)
-        except (OSError, SafetensorError, KeyError):
+        except (OSError, SafetensorError, KeyError, TypeError):  # TypeError: it has no metadata
             return None
-        return found
+        return found if _sha256(found) == written else None
 
     def _write(self, key: str, embedding: Any) -> None:
         """Write a file that is whole or not there, and let those go that were not used for the longest time."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         assert self._folder is not None
         partial = self._folder / f".{key}.{os.getpid()}.partial"
-        with contextlib.suppress(OSError):  # a cache that cannot be written is no cache
+        embedding = embedding.contiguous()
+        try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            save_file({"embedding": embedding.contiguous()}, partial)
+            save_file({"embedding": embedding}, partial, {"sha256": _sha256(embedding)})
             partial.replace(self._folder / f"{key}.safetensors")
             _trim(self._folder)
+        except (OSError, SafetensorError):  # a cache that cannot be written is no cache
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+def _sha256(tensor: Any) -> str:
+    """The sha256 of a tensor's bytes on the host."""
+    import torch
+
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
 
 
 def _trim(folder: Path) -> None:
+    for left in folder.glob(".*.partial"):  # of a worker that was killed
+        if time.time() - left.stat().st_mtime > PARTIAL_SECONDS:
+            left.unlink(missing_ok=True)
     files = sorted(((path.stat(), path) for path in folder.glob("*.safetensors")), key=lambda each: -each[0].st_mtime)
     total = 0
     for status, path in files:
@@ -100,6 +119,7 @@ def _trim(folder: Path) -> None:
 
 
 def _decides(model: InstalledModel, device: str) -> Mapping[str, Any]:
+    import diffusers
     import torch
     import transformers
 
@@ -115,4 +135,5 @@ def _decides(model: InstalledModel, device: str) -> Mapping[str, Any]:
         "torch": str(torch.__version__),
         "libraries": [torch.version.cuda, torch.backends.cudnn.version() if on_card else None],
         "transformers": transformers.__version__,
+        "diffusers": diffusers.__version__,  # it has the chat template and the layers that are read
     }

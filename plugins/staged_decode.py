@@ -229,6 +229,7 @@ class Session:
 
     def _come_back(self, plan: Holding) -> None:
         """Bring back what was dropped for the decode, while the picture is written to its file."""
+        self._release()
         self._hold(plan, self.transformer, plan.transformer.kept)
         if plan.encoder.way == "resident":
             self._hold(plan, self.encoder, plan.encoder.resident)
@@ -331,10 +332,12 @@ class Session:
             self.encoder.drop(plan.encoder.resident)
         if references:
             self._drop_all_but_kept(plan)
+        self._release()
         with contextlib.ExitStack() as stack:
 
             def come(module: Any, *arguments: Any) -> None:
                 first.remove()
+                self._release()
                 self._hold(plan, self.transformer, plan.transformer.resident)
                 stack.enter_context(self.transformer.streaming(holding.SLOTS))
                 progress("denoise", 0, job.steps)
@@ -367,6 +370,7 @@ class Session:
 
         progress("decode", 0, 1)
         self._drop_all_but_kept(plan)
+        self._release()
         try:
             decoded = self._decode_in_tiles(latents) if plan.tiles else self.vae.decode(latents, return_dict=False)[0]
         except torch.OutOfMemoryError:
@@ -389,7 +393,11 @@ class Session:
             self.vae.use_tiling = False
 
     def _release(self) -> None:
-        """Give what is free back to the card. Between stages torch does so by itself as far as it has to."""
+        """Give what is free back to the card.
+
+        cuDNN takes its algorithms, and so a picture's bits, by what the card says is free: what torch keeps for later
+        is not. And the next stage finds the room in one piece.
+        """
         import torch
 
         if self.on_card:

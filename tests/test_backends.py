@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -202,16 +203,42 @@ def test_another_text_encoder_does_not_take_the_embeddings_of_the_first(tmp_path
     other.close()
 
 
-def test_a_damaged_or_foreign_file_among_the_embeddings_is_encoded_anew(sessions, tmp_path):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: whole[:1000],
+        lambda whole: whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:],  # one bit, and the form is right
+    ],
+    ids=["cut", "a-bit"],
+)
+def test_a_damaged_or_foreign_file_among_the_embeddings_is_encoded_anew(damage, sessions, tmp_path):
     first = session("staged-decode", PLENTY, remembering(tmp_path))
     draw(first, CIRCLE)
     first.close()
     [kept] = (tmp_path / "embeddings").glob("*.safetensors")
-    kept.write_bytes(kept.read_bytes()[:1000])
+    kept.write_bytes(damage(kept.read_bytes()))
     again = session("staged-decode", PLENTY, remembering(tmp_path))
     picture, encoded = encodes(again, CIRCLE)
     again.close()
     assert encoded and same([picture, draw(sessions["offload"], CIRCLE)])
+
+
+def test_embeddings_that_cannot_be_written_cost_no_picture_and_leave_nothing(tmp_path):
+    import torch
+    from kleinctl_plugins.embeddings import Embeddings
+
+    (tmp_path / "embeddings").mkdir()
+    other = tmp_path / "embeddings" / ".left.1.partial"
+    other.write_bytes(b"of a worker that was killed")
+    os.utime(other, (1, 1))
+    remembered = Embeddings(remembering(tmp_path), "cpu")
+    key = remembered._key("a red circle", "")
+    (tmp_path / "embeddings" / f"{key}.safetensors").mkdir()  # stands in the way
+    remembered.put("a red circle", torch.zeros(1, 2))
+    remembered.put("a blue circle", torch.zeros(1, 2))
+    remembered.close()
+    assert not list((tmp_path / "embeddings").glob(".*"))
+    assert torch.equal(Embeddings(remembering(tmp_path), "cpu").get("a blue circle"), torch.zeros(1, 2))
 
 
 def test_a_batch_loads_the_encoder_and_the_transformer_once_each(sessions):

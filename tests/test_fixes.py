@@ -341,6 +341,12 @@ def test_killed_while_it_fetches_and_started_again(comfyui, hub: Hub):  # noqa: 
     assert hub.gets("cdn")[0].headers["range"].startswith("bytes=")
 
 
+def test_a_name_that_no_disk_can_have(tmp_path):
+    path = tmp_path / ("x" * 300 + ".yaml")
+    remedy = Remedy("write-text", {"path": str(path), "text": "a: 1\n"}, "ask")
+    assert "(File name too long)" in refused(replace(problem("write-text"), path=str(path), remedy=remedy))
+
+
 def test_gigabytes_are_asked_about_even_where_a_check_would_not():
     found = problem("replace-file", "auto")
     large = fixes.Plan(found, (), (), NOTHING, fetch_bytes=8 * 10**9)

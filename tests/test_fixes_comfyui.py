@@ -20,6 +20,7 @@ from kleinctl import environment, fixes, journal, logs
 from kleinctl.checks import Check, run_checks
 from kleinctl.checks import comfyui as comfyui_checks
 from kleinctl.checks import workflow as workflow_checks
+from kleinctl.cli.fix import plan_lines
 from kleinctl.facts import Facts, comfyui, workflow
 from kleinctl.facts.system import LocalServer, System
 from kleinctl.fixes import comfyui as actions
@@ -174,6 +175,8 @@ def test_a_dry_run_of_an_update_fetches_nothing(root):
     assert outcome.status == "planned" and tree(root) == before
     assert outcome.plan is not None
     assert f"leave what its requirements.txt lists to you: no Python was found beside {root}" in outcome.plan.sentences
+    costs = "nobody knows how much to fetch and to write; nobody knows how long; `kleinctl undo` reverses it"
+    assert plan_lines(outcome.plan)[-1].strip() == costs  # only the server knows, and what pip finds
 
 
 def test_a_workflow_with_a_core_node_of_a_newer_comfyui(root, tmp_path):
@@ -218,6 +221,79 @@ def test_checkouts_that_are_for_people_to_update(root, origin, tmp_path):
     assert "is not where a ComfyUI's program lies" in refused(asking("update-comfyui", root / "models"))
 
 
+PROGRAMS = {
+    "filter.x.clean": "{evil}",
+    "core.alternateRefsCommand": "{evil}",
+    "remote.origin.uploadpack": "{evil}",
+    "url.ext::{evil} .insteadOf": "{origin}",
+    "gpg.program": "{evil}",
+    "branch.master.mergeOptions": "-S",
+    "core.worktree": "{elsewhere}",
+    "include.path": "{elsewhere}/none",
+}
+
+
+@pytest.mark.parametrize(("setting", "value"), PROGRAMS.items(), ids=list(PROGRAMS))
+def test_a_checkout_whose_own_settings_name_a_program(setting, value, root, origin, tmp_path):
+    evil, ran, elsewhere = tmp_path / "evil", tmp_path / "ran", tmp_path / "elsewhere"
+    write(evil, f"#!/bin/sh\ntouch {ran}\n").chmod(0o755)
+    elsewhere.mkdir()
+    places = {"evil": evil, "origin": origin, "elsewhere": elsewhere}
+    write(root / ".git" / "info" / "attributes", "* filter=x\n")
+    os.utime(root / "main.py", (1, 1))
+    git(root, "config", "protocol.ext.allow", "always")
+    git(root, "config", setting.format(**places), value.format(**places))
+    assert f"in {root / '.git' / 'config'} git may run a program or go elsewhere." in refused(
+        asking("update-comfyui", root)
+    )
+    assert not ran.exists() and not any(elsewhere.iterdir())
+
+
+def test_hooks_and_settings_that_are_overruled(root, tmp_path):
+    ran, evil = tmp_path / "ran", tmp_path / "evil"
+    write(evil, f"#!/bin/sh\ntouch {ran}\n").chmod(0o755)
+    for hook in ("post-merge", "post-checkout", "reference-transaction"):
+        shutil.copy(evil, root / ".git" / "hooks" / hook)
+    for name in ("core.fsmonitor", "core.sshCommand", "core.askPass", "credential.helper"):
+        git(root, "config", name, str(evil))
+    ran.unlink(missing_ok=True)
+    assert fix("comfyui-too-old", lambda: look(root)).status == "fixed"
+    undo()
+    assert not ran.exists()
+
+
+def test_a_setting_that_came_between_fix_and_undo(root, tmp_path):
+    assert fix("comfyui-too-old", lambda: look(root)).status == "fixed"
+    git(root, "config", "filter.x.smudge", "evil")
+    with pytest.raises(KleinctlError, match=r"With filter\.x.smudge in its \.git/config git may run a program"):
+        undo()
+
+
+def test_a_checkout_that_is_not_what_it_seems(root, origin, tmp_path):
+    git(root, "config", "--add", "remote.origin.url", "ext::evil")
+    assert "follows ext::evil, which is not" in refused(asking("update-comfyui", root))
+    git(root, "config", "--replace-all", "remote.origin.url", str(origin))
+    (root / ".git").rename(tmp_path / "other.git")
+    (root / ".git").symlink_to(tmp_path / "other.git")
+    assert refused(asking("update-comfyui", root)) == f"{root / '.git'} leads elsewhere."
+    (root / ".git").unlink()
+    write(root / ".git", f"gitdir: {tmp_path / 'other.git'}\n")
+    assert refused(asking("update-comfyui", root)) == f"{root / '.git'} leads elsewhere."
+    (root / ".git").unlink()
+    (tmp_path / "other.git").rename(tmp_path / ".git")  # a repository around the folder is not the folder's
+    (root / ".git").mkdir()
+    with pytest.raises(KleinctlError, match=r"[Nn]ot a git repository"):
+        fixes.plan(asking("update-comfyui", root), Plugins(), NOTHING)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root gives folders away")
+def test_a_checkout_of_another_user(root):
+    for path in (root, root / ".git"):
+        os.chown(path, 12345, 12345)
+    with pytest.raises(KleinctlError, match="dubious ownership"):
+        fixes.plan(asking("update-comfyui", root), Plugins(), NOTHING)
+
+
 def test_comfyuis_own_repository_by_all_its_names():
     for address in (
         "https://github.com/comfyanonymous/ComfyUI.git",
@@ -226,7 +302,17 @@ def test_comfyuis_own_repository_by_all_its_names():
         "https://token@github.com/comfy-org/comfyui",
     ):
         assert any(actions.git.same(address, each) for each in actions.REPOSITORIES)
-    for address in ("https://github.com/comfyanonymous/ComfyUI2", "https://evil/github.com/Comfy-Org/ComfyUI", ""):
+    paths = (
+        "github.com/Comfy-Org/ComfyUI",
+        "/github.com/Comfy-Org/ComfyUI",
+        "ext::https://github.com/Comfy-Org/ComfyUI",
+    )
+    for address in (
+        "https://github.com/comfyanonymous/ComfyUI2",
+        "https://evil/github.com/Comfy-Org/ComfyUI",
+        "",
+        *paths,
+    ):
         assert not any(actions.git.same(address, each) for each in actions.REPOSITORIES)
 
 
@@ -567,6 +653,7 @@ def test_a_server_that_is_not_asked_to_free_anything(server):
         f"http://127.0.0.1:{port}@evil:80",
         f"https://127.0.0.1:{port}",
         "http://evil:8188",
+        "http://127.0.0.1:99999",
     ):
         assert "is no server on this machine" in why(url)
     server.waiting = 2
@@ -602,6 +689,7 @@ def test_a_server_that_is_not_asked_to_free_anything(server):
             "--use-sage-attention",
             "",
         ),
+        ("RuntimeError: No valid execution plans built.", "--port 1", "--use-split-cross-attention --port 1"),
     ],
 )
 def test_an_argument_that_a_log_blames(root, log, arguments, after):
@@ -614,6 +702,13 @@ def test_an_argument_that_a_log_blames(root, log, arguments, after):
     facts = replace(facts, comfyuis=(comfyui.read(root),))
     assert [each.problem.remedy for each in logs.explain(log, facts=facts)] == [None]  # it is done
     assert [each.problem.remedy for each in logs.explain(log)] == [None]
+
+
+def test_another_attention_was_chosen_already(root):
+    write(root / "start.sh", "python main.py --use-flash-attention\n")  # ComfyUI takes one of them and ends at two
+    facts = Facts(hardware=CARD, comfyuis=(comfyui.read(root),))
+    [match] = logs.explain("RuntimeError: No valid execution plans built.", facts=facts)
+    assert (match.problem.name, match.problem.remedy) == ("cudnn-plans-missing", None)
 
 
 def test_a_log_of_a_comfyui_from_before_klein(root):

@@ -353,10 +353,38 @@ def test_a_start_file_that_is_a_link_stays_one(bash, tmp_path, monkeypatch):
 
 def test_a_variable_that_only_this_shell_has(bash):
     assert "it comes from this shell or from the system" in refused(about("HF_ENDPOINT"))
-    bash.write_text("HF_ENDPOINT=x python app.py\nexport HF_ENDPOINT=$(cat /etc/mirror)\n")  # no plain value
+    bash.write_text("HF_ENDPOINT=x python app.py\nunset HF_ENDPOINT\n# HF_ENDPOINT=x\nexport A=$HF_ENDPOINT\n")
     assert "it comes from this shell or from the system" in refused(about("HF_ENDPOINT"))
     bash.write_text("env \\\n  HF_ENDPOINT=x\n")  # a command that goes on
     assert "it comes from this shell or from the system" in refused(about("HF_ENDPOINT"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "export HF_ENDPOINT=$(cat /etc/mirror)",
+        "if true; then export HF_ENDPOINT=x; fi",
+        "HF_ENDPOINT=x; export HF_ENDPOINT",
+        "export A=1 HF_ENDPOINT=2",
+        "declare -x HF_ENDPOINT=x",
+        "[ -f /x ] && HF_ENDPOINT='a b'",
+    ],
+)
+def test_a_line_that_does_more_than_set_the_variable(line, bash):
+    text = f"export HF_ENDPOINT=1\n{line}\n"
+    bash.write_text(text)
+    assert f"line 2 of {bash} sets HF_ENDPOINT in a way that kleinctl cannot change" in refused(about("HF_ENDPOINT"))
+    assert bash.read_text() == text
+
+
+def test_start_files_that_are_links_to_one(bash):
+    bash.write_text("export HF_ENDPOINT=x\n")
+    for name in (".profile", ".bash_profile"):
+        (bash.parent / name).symlink_to(bash.name)
+    carried_out(about("HF_ENDPOINT"))
+    assert after_start(bash, "HF_ENDPOINT") == "unset"
+    journal.undo(journal.find(None))
+    assert bash.read_text() == "export HF_ENDPOINT=x\n" and (bash.parent / ".profile").is_symlink()
 
 
 def test_a_shell_with_start_files_of_another_language(bash, monkeypatch):

@@ -207,6 +207,23 @@ def test_without_a_name_nothing_is_ever_replaced(tmp_path):
     )
 
 
+def test_two_runs_at_once_that_chose_the_same_name_keep_both_pictures(tmp_path):
+    first, second = request(job(), folder=tmp_path), request(job(prompt="a blue square"), folder=tmp_path)
+    assert first.outputs == second.outputs == (tmp_path / "klein-7.png",)
+    with Painter(first, ignore) as painter, Painter(second, ignore) as other:
+        painter.paint(first.jobs[0], first.outputs[0], ignore)
+        assert other.paint(second.jobs[0], second.outputs[0], ignore).path == tmp_path / "klein-7-2.png"
+    assert read_record(tmp_path / "klein-7.png")["prompt"] == "a red circle"
+    assert read_record(tmp_path / "klein-7-2.png")["prompt"] == "a blue square"
+    assert files(tmp_path) == ["klein-7-2.png", "klein-7.png"]
+
+
+def test_a_file_that_was_named_is_replaced_though_it_is_called_as_pictures_are(tmp_path):
+    for prompt in ("a red circle", "a blue square"):
+        run(request(job(prompt=prompt), output=tmp_path / "klein-7.png"), ignore)
+    assert files(tmp_path) == ["klein-7.png"] and read_record(tmp_path / "klein-7.png")["prompt"] == "a blue square"
+
+
 @pytest.mark.parametrize(
     ("output", "count", "fix"),
     [("cat.jpg", 1, "-o cat.png"), ("cat", 1, "-o cat.png"), ("cat.png", 4, "-o cat")],

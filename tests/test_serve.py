@@ -313,6 +313,10 @@ def test_a_server_that_does_not_answer_is_done_without(server, kleinctl, empty_h
     file.write_text(whole.replace("kleinctl.serve/1", "kleinctl.serve/0"))
     other = kleinctl("serve", "--status")
     assert other.exit_code == 1 and "It speaks kleinctl.serve/0 with" in other.stderr
+    assert f"hint: kill {server.process.pid}" in other.stderr
+    for port in ('"x"', "1e400", "-1", "99999999"):
+        file.write_text(whole.replace(f'"port": {json.loads(whole)["port"]}', f'"port": {port}'))
+        assert kleinctl("serve", "--status").exit_code in (0, 1)  # 3 would be a mistake of kleinctl's
     file.write_text(whole)
     server.process.send_signal(signal.SIGSTOP)
     try:
@@ -367,6 +371,14 @@ def test_a_model_that_is_not_installed_is_not_served(kleinctl, empty_home):
 def test_options_that_do_not_go_together(kleinctl):
     for words in (("--free", "--stop"), ("--json",)):
         assert kleinctl("serve", *words).exit_code == 2
+
+
+def test_a_run_that_finds_a_server_imports_little():
+    """Each of these takes a hundredth of a second or more, of the three tenths that a warm run may cost."""
+    code = "import sys, kleinctl.serve, kleinctl.cli.serve; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"rich.console", "kleinctl.hardware", "kleinctl.identify", "kleinctl.logs", "kleinctl.plugins", "torch"}
+    assert not heavy & set(done.stdout.split())
 
 
 def test_a_private_file_is_private_from_its_first_moment(tmp_path, monkeypatch):

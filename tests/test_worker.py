@@ -182,7 +182,7 @@ def test_a_worker_of_another_version(tmp_path):
     )
     with pytest.raises(KleinctlError) as caught:
         ProcessExecutor(bootstrap=other).start(PYTHON, ECHO)
-    assert caught.value.problem.why == "This one speaks kleinctl.worker/3; the worker said kleinctl.worker/9."
+    assert caught.value.problem.why == "This one speaks kleinctl.worker/4; the worker said kleinctl.worker/9."
 
 
 def test_a_python_that_is_not_there(tmp_path):

@@ -66,6 +66,17 @@ def free_line(port: int) -> str:
     return f'curl -X POST http://127.0.0.1:{port}/free -H "Content-Type: application/json" -d {body}'
 
 
+#: ComfyUI takes one of these at most.
+ATTENTIONS = ("split-cross", "quad-cross", "pytorch-cross", "sage", "flash")
+
+
+def split_attention(comfyui: ComfyUI) -> Remedy | None:
+    """Attention that does without cuDNN, where no other was chosen."""
+    if any(argument(comfyui.arguments, f"--use-{each}-attention") is not None for each in ATTENTIONS):
+        return None
+    return start_with(comfyui, add="--use-split-cross-attention")
+
+
 def of_log(name: str, comfyui: ComfyUI) -> Remedy | None:
     """What can be done in a ComfyUI whose log shows a problem of that name."""
     if name in ("comfyui-too-old", "cliploader-lacks-flux2"):
@@ -75,6 +86,8 @@ def of_log(name: str, comfyui: ComfyUI) -> Remedy | None:
     if name == "cuda-malloc-unsupported":
         forced = argument(comfyui.arguments, "--cuda-malloc") is not None
         return start_with(comfyui, "--cuda-malloc" if forced else "", "--disable-cuda-malloc")
+    if name == "cudnn-plans-missing":
+        return split_attention(comfyui)
     if name == "sage-attention-missing":
         return start_with(comfyui, "--use-sage-attention")
     return without_fp8_maths(comfyui) if name == "no-fp8-maths" else None

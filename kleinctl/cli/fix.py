@@ -76,7 +76,9 @@ def show_plan(plan: Plan) -> None:
 
 def plan_lines(plan: Plan) -> list[str]:
     """A plan in lines: what changes, the same by hand, bytes and seconds."""
-    cost = f"{bytes_text(plan.fetch_bytes)} to fetch, {bytes_text(plan.disk_bytes)} to write"
+    cost = "nobody knows how much to fetch and to write"
+    if plan.fetch_bytes is not None and plan.disk_bytes is not None:
+        cost = f"{bytes_text(plan.fetch_bytes)} to fetch, {bytes_text(plan.disk_bytes)} to write"
     time = "nobody knows how long" if plan.seconds is None else f"about {seconds_text(plan.seconds)}"
     time = "at once" if plan.seconds is not None and plan.seconds < 1 else time
     undo = "`kleinctl undo` reverses it" if plan.undoable else f"cannot be undone: {plan.why_not_undoable}"

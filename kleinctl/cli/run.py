@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -153,7 +153,7 @@ def run_jobs(wanted: Wanted, count: int, server: Server | None) -> Result:
         from kleinctl import road  # a tenth of a second, which a server saves
 
         road.check_prompt(wanted.changes["prompt"])
-    wanted.changes.setdefault("seed", secrets.randbelow(2**32))
+    wanted.changes.setdefault("seed", int.from_bytes(os.urandom(4), "little"))
     place = Served(server) if server is not None else Here(wanted, way_of(wanted))
     jobs = jobs_of(place.model, wanted.changes, count)
     outputs = outputs_of(wanted, jobs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from kleinctl.backends import Job
-    from kleinctl.generate import Result
+    from kleinctl.generate import Event, OnEvent, Result
     from kleinctl.plugins import Plugins
     from kleinctl.serve import Server, State
     from kleinctl.server import Done, Freed, Ready
@@ -289,8 +289,6 @@ def make_pictures(
         KleinctlError: as without the server.
     """
     from kleinctl import generate
-    from kleinctl.cli import steps
-    from kleinctl.cli.progress import Bars
     from kleinctl.serve import Ask, Ended
 
     generate.check_jobs(jobs)
@@ -299,17 +297,35 @@ def make_pictures(
     first = replace(jobs[0], images=tuple(path.absolute() for path in jobs[0].images))
     before = server.told(Ask(first, asked))
     told = () if origins else before.problems
-    output.show_problems(told)
+    if told:
+        output.show_problems(told)
     if before.refused is not None and not origins:
         raise KleinctlError(before.refused)
-    output.heading(f"{has.model.name} with {has.backend} on {server.state.device}")
-    if has.model.note:
-        output.remark(has.model.note)
     request = replace(has, jobs=tuple(jobs), outputs=tuple(outputs), origins=tuple(origins))
-    with Bars() as bars:
-        result = generate.run(request, steps.shown_on(bars, len(jobs)), server)
+    with ExitStack() as shown:
+        result = generate.run(request, _show_late(server.state, len(jobs), shown), server)
     for remark in result.remarks:
         output.remark(f"warning: {remark}")
     after = server.told(Ended(before.fit)).problems if result.images and before.fit is not None else ()
-    output.show_problems(after)
+    if after:
+        output.show_problems(after)
     return replace(result, problems=(*told, *after))
+
+
+def _show_late(state: State, count: int, shown: ExitStack) -> OnEvent:
+    """What shows the events of a run, from the first on: what it needs is imported while the server is at work."""
+    show: OnEvent | None = None
+
+    def hear(event: Event) -> None:
+        nonlocal show
+        if show is None:
+            from kleinctl.cli import steps
+            from kleinctl.cli.progress import Bars
+
+            output.heading(f"{state.request.model.name} with {state.request.backend} on {state.device}")
+            if state.request.model.note:
+                output.remark(state.request.model.note)
+            show = steps.shown_on(shown.enter_context(Bars()), count)
+        show(event)
+
+    return hear

@@ -86,7 +86,10 @@ def plan(problem: Problem, plugins: Plugins, hardware: Hardware) -> Plan:
     action = problem.remedy.action if problem.remedy else ""
     if action not in ACTIONS:
         raise request.refuse(f"there is no action {action[:80]!r}.{did_you_mean(action[:80], ACTIONS)}".rstrip("."))
-    return ACTIONS[action](request)
+    try:
+        return ACTIONS[action](request)
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise request.refuse(f"{error.filename} cannot be looked at ({error.strerror})") from None
 
 
 def carry_out(plan: Plan, progress: Progress = silent) -> int:

@@ -10,13 +10,12 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from kleinctl.checks.remedies import free_line
 from kleinctl.facts import comfyui as facts
 from kleinctl.fixes import git, texts
 from kleinctl.fixes.pip import command, versions
-from kleinctl.fixes.request import Plan, Request, shell
+from kleinctl.fixes.request import UNKNOWN, Plan, Request, shell
 from kleinctl.home import quarantine_folder
 from kleinctl.journal import Cloned, Commit, Moved, Packages, Progress, Record, log_file
 from kleinctl.problem import KleinctlError
@@ -34,6 +33,7 @@ ARGUMENTS = (
     "--fp16-vae",
     "--supports-fp8-compute",
     "--use-sage-attention",
+    "--use-split-cross-attention",
     "fp8_matrix_mult",
 )
 #: Seconds that a server may take to answer, and to let its memory go after that; bytes of an answer that are read.
@@ -89,7 +89,7 @@ def _forward(request: Request, folder: Path, addresses: Sequence[str], found: fa
         *_told(folder, python),
         work=work,
         commands=(shell("git", "-C", folder, "pull", "--ff-only"), *_pip_by_hand(folder, python)),
-        seconds=None,
+        **UNKNOWN,
     )
 
 
@@ -124,7 +124,7 @@ def install_node(request: Request, packs: Iterable[Mapping[str, Any]] | None = N
         *_told(folder, python),
         work=work,
         commands=(shell("git", "clone", address, folder), *_pip_by_hand(folder, python)),
-        seconds=None,
+        **UNKNOWN,
     )
 
 
@@ -151,7 +151,9 @@ def _node(request: Request, name: str) -> tuple[Path, facts.ComfyUI]:
     folder = request.path(name)
     root = folder.parent.parent
     found = facts.read(root) if folder.parent.name == "custom_nodes" else None
-    if found is None or found.layout == "models" or Path(found.path) != root or folder.is_symlink():
+    if folder.is_symlink():
+        raise request.refuse(f"{folder} is a link, to {folder.resolve()}")
+    if found is None or found.layout == "models" or Path(found.path) != root:
         raise request.refuse(f"{folder} is no place of a custom node of a ComfyUI")
     return folder, found
 
@@ -207,7 +209,9 @@ def edit_start_script(request: Request) -> Plan:
         raise request.refuse(f"{remove or 'nothing'} for {add or 'nothing'} is no change of arguments that is known")
     settings = path.name == "comfy.settings.json"
     found = facts.read(path.parents[2] if settings and len(path.parents) > 2 else path.parent)
-    if found is None or found.script != str(path) or path.is_symlink():
+    if path.is_symlink():
+        raise request.refuse(f"{path} is a link, to {path.resolve()}")
+    if found is None or found.script != str(path):
         raise request.refuse(f"{path} is not what starts a ComfyUI")
     raw = texts._read_bytes(request, path) or b""
     try:
@@ -269,9 +273,9 @@ def _in_settings(text: str, remove: str, add: str) -> str:
 def free_comfyui(request: Request) -> Plan:
     """`free-comfyui`: a ComfyUI on this machine, which does nothing, lets its models go."""
     url = request.text("url")
-    parts = urlsplit(url)
-    port = parts.port if re.fullmatch(r"http://(127\.0\.0\.1|localhost):\d{1,5}", url) else None
-    if port is None:
+    found = re.fullmatch(r"http://(?:127\.0\.0\.1|localhost):([0-9]{1,5})", url)
+    port = int(found[1]) if found else 0
+    if not 0 < port < 2**16:
         raise request.refuse(f"{url} is no server on this machine")
     _idle(request, port)
 

@@ -221,7 +221,7 @@ def _file(request: Request) -> Path:
 def _moving(request: Request, step: Moved, sentence: str, reason: dict[str, Any] | None) -> Plan:
     source, target = Path(step.source), Path(step.target)
     here = store.disk(source.parent) == store.disk(target.parent)
-    size = 0 if here else source.stat().st_size
+    size = 0 if here else source.lstat().st_size
     return request.plan(
         sentence,
         work=lambda record, progress: record.perform(step, reason),
@@ -248,7 +248,10 @@ def share_file(request: Request) -> Plan:
         hashes = []
         for each in (path, other):
             progress(f"reading {each}")
-            hashes.append(hash_file(each))
+            try:
+                hashes.append(hash_file(each))
+            except OSError as error:
+                raise request.refuse(f"{each} cannot be read ({error.strerror})") from None
         if hashes[0] != hashes[1]:
             raise request.refuse(f"{path} and {other} have different contents")
         if Seen.of(path) != before:

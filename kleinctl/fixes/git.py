@@ -19,8 +19,25 @@ LOOK, ASK, FETCH = 30, 60, 3600
 #: Variables that would lead git to another repository than the one in the folder.
 MISLEADING = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE", "GIT_COMMON_DIR")
 #: Looking changes nothing, nothing of the checkout's own is run, and nobody is asked for a password.
-QUIET = ("--no-optional-locks", "-c", f"core.hooksPath={os.devnull}", "-c", "core.fsmonitor=false")
-SILENT = {"GIT_TERMINAL_PROMPT": "0", "GIT_SSH_COMMAND": "ssh -oBatchMode=yes", "LC_ALL": "C"}
+INSTEAD = (
+    *(f"core.hooksPath={os.devnull}", "core.fsmonitor=false", "credential.helper=", "submodule.recurse=false"),
+    *("fetch.recurseSubmodules=false", "maintenance.auto=false", "gc.auto=0"),
+)
+QUIET = ("--no-optional-locks", *(word for setting in INSTEAD for word in ("-c", setting)))
+SILENT = {"GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "", "GIT_SSH_COMMAND": "ssh -oBatchMode=yes", "LC_ALL": "C"}
+#: Settings that a checkout may have of its own: they run no program and lead nowhere else, or are overruled above.
+#: Of git-config(1); any other may name a program (filter, gpg, uploadpack), another address or another folder.
+HARMLESS = re.compile(
+    r"core\.(repositoryformatversion|filemode|bare|logallrefupdates|ignorecase|precomposeunicode|symlinks|autocrlf|eol"
+    r"|safecrlf|longpaths|fscache|untrackedcache|preloadindex|quotepath|protectntfs|protecthfs|abbrev|compression"
+    r"|hookspath|fsmonitor|sshcommand|askpass)"
+    r"|remote\..+\.(url|pushurl|fetch|tagopt|prune|gh-resolved)|branch\..+\.(?!mergeoptions$)[a-z0-9-]+"
+    r"|submodule\.(.+\.)?(active|url|recurse)|http\.(proxy|postbuffer|version|lowspeedlimit|lowspeedtime)"
+    r"|lfs\.repositoryformatversion|maintenance\.auto|gc\.auto|fetch\.(prune|recursesubmodules)"
+    r"|(user|gui|advice|color|credential|pull|push|init)\..+"
+)
+#: git in a submodule would go by that one's own settings.
+LOOKING = ("--porcelain", "--untracked-files=no", "--ignore-submodules=all")
 COMMIT = re.compile(r"[0-9a-f]{40,64}")
 
 
@@ -42,24 +59,39 @@ def branch(folder: Path, addresses: Sequence[str]) -> Branch:
         ValueError: it cannot; the text says why.
         KleinctlError: git is missing, or refuses to look.
     """
-    if not (folder / ".git").exists():
-        raise ValueError(f"{folder} is no git checkout")
+    inner = folder / ".git"
+    if not inner.is_dir() or inner.is_symlink():
+        raise ValueError(f"{inner} leads elsewhere" if os.path.lexists(inner) else f"{folder} is no git checkout")
+    if settings := risky(folder):
+        raise ValueError(f"with {', '.join(settings[:3])} in {inner / 'config'} git may run a program or go elsewhere")
     name, commit = _answer(folder, "symbolic-ref", "-q", "--short", "HEAD"), head(folder)
     if not name:
         raise ValueError(f"{folder} is at a commit, {commit[:10]}, on no branch")
     remote, ref = (_answer(folder, "config", f"branch.{name}.{key}") for key in ("remote", "merge"))
     if not ref:
         raise ValueError(f"its branch {name} follows no other")
-    address = _answer(folder, "config", f"remote.{remote}.url")
-    if not any(same(address, each) for each in addresses):
-        raise ValueError(f"its branch {name} follows {without_user(address) or remote}, which is not {addresses[0]}")
+    followed = _answer(folder, "config", "--get-all", f"remote.{remote}.url").splitlines() or [remote]
+    address = next((each for each in followed if not any(same(each, known) for known in addresses)), None)
+    if address is not None:
+        raise ValueError(f"its branch {name} follows {without_user(address)}, which is not {addresses[0]}")
     changed = changes(folder)
     if changed:
         raise ValueError(f"files of it were changed: {', '.join(changed[:3])}")
     own = _answer(folder, "rev-list", "--count", f"{name}@{{upstream}}..{name}")
     if own not in ("", "0"):
         raise ValueError(f"its branch {name} has {own} commits of its own")
-    return Branch(name, commit, remote, ref, without_user(address))
+    return Branch(name, commit, remote, ref, without_user(followed[0]))
+
+
+def risky(folder: Path) -> list[str]:
+    """The settings of a checkout's own that may run a program, or lead to another server or folder.
+
+    Raises:
+        KleinctlError: git is missing, or refuses to look: the folder may be another user's.
+    """
+    run(folder, "rev-parse", "--git-dir")
+    names = run(folder, "config", "--local", "--list", "--name-only", "-z").split("\0")
+    return sorted({name for name in names if name and not HARMLESS.fullmatch(name)})
 
 
 def newest(remote: str, ref: str, folder: Path | None = None) -> str:
@@ -118,7 +150,7 @@ def on(folder: Path) -> str:
 
 def changes(folder: Path) -> list[str]:
     """Files of git's own that were changed; what it does not know (models, pictures) does not count."""
-    return [line[3:] for line in run(folder, "status", "--porcelain", "--untracked-files=no").splitlines()]
+    return [line[3:] for line in run(folder, "status", *LOOKING).splitlines()]
 
 
 def same(address: str, other: str) -> bool:
@@ -127,8 +159,11 @@ def same(address: str, other: str) -> bool:
 
 
 def _plain(address: str) -> str:
-    host = re.sub(r"^(?:https|ssh)://(?:[^/@]*@)?|^git@", "", address.strip()).replace(":", "/", 1)
-    return host.rstrip("/").removesuffix(".git").lower()
+    start = re.match(r"(?:https|ssh)://(?:[^/@]*@)?|git@(?=[^/:]+:)", address.strip())
+    if start is None:  # a folder, or another protocol
+        return address
+    host = address.strip()[start.end() :].replace(":", "/", 1)
+    return f"https://{host.rstrip('/').removesuffix('.git').lower()}"
 
 
 def without_user(address: str) -> str:
@@ -160,6 +195,8 @@ def _run(folder: Path | None, arguments: Sequence[str], seconds: float) -> subpr
         raise _failed(folder, "git is not installed", "install git from https://git-scm.com/downloads")
     variables = {name: value for name, value in os.environ.items() if name not in MISLEADING}
     where = ("-C", str(folder)) if folder else ()
+    if folder:  # never a repository around it
+        variables["GIT_CEILING_DIRECTORIES"] = str(folder.resolve().parent)
     try:
         return subprocess.run(
             [program, *QUIET, *where, *arguments],

@@ -17,7 +17,7 @@ from kleinctl import environment, environment_build, store
 from kleinctl.environment import EnvironmentPlan
 from kleinctl.environment_build import pythons_folder
 from kleinctl.fixes.pip import command, run, versions
-from kleinctl.fixes.request import DISK_RATE, LINE_RATE, Plan, Request, shell
+from kleinctl.fixes.request import DISK_RATE, LINE_RATE, UNKNOWN, Plan, Request, shell
 from kleinctl.hardware.facts import Python
 from kleinctl.home import envs_folder
 from kleinctl.journal import Made, Packages, Progress, Record, log_file
@@ -56,7 +56,7 @@ def install_packages(request: Request) -> Plan:
         f"there now: {now}",
         work=work,
         commands=(shell(*command(python, "install", *arguments)),),
-        seconds=None,
+        **UNKNOWN,
     )
 
 

@@ -29,6 +29,8 @@ LINE_RATE, DISK_RATE = 12.5e6, 200e6
 #: Bytes. A fix that fetches more is asked about, whatever its remedy says.
 ASK_FROM = 10**9
 MAX_TEXT = 100_000
+#: What a plan says where git or pip finds out only then.
+UNKNOWN: dict[str, Any] = {"fetch_bytes": None, "disk_bytes": None, "seconds": None}
 
 Work = Callable[[Record, Progress], None]
 
@@ -37,7 +39,7 @@ Work = Callable[[Record, Progress], None]
 class Plan:
     """What a fix would do. `sentences` say what changes, `commands` do the same by hand.
 
-    Bytes to fetch and to write; `seconds` are an estimate, None where nobody knows. `problems` are all those it is for.
+    Bytes to fetch and to write and `seconds` are estimates, None where nobody knows. `problems`: all those it is for.
     `outside`: it changes something outside of kleinctl's folder.
     """
 
@@ -45,8 +47,8 @@ class Plan:
     sentences: tuple[str, ...]
     commands: tuple[str, ...]
     work: Work = field(repr=False, compare=False)
-    fetch_bytes: int = 0
-    disk_bytes: int = 0
+    fetch_bytes: int | None = 0
+    disk_bytes: int | None = 0
     seconds: float | None = 0.0
     why_not_undoable: str = ""
     problems: tuple[Problem, ...] = ()
@@ -61,7 +63,7 @@ class Plan:
     def consent(self) -> Literal["auto", "ask"]:
         """Whether the user is asked: where a remedy wants that, for gigabytes, and for what is not kleinctl's own."""
         asks = any(each.remedy and each.remedy.consent == "ask" for each in (self.problem, *self.problems))
-        return "ask" if asks or self.outside or self.fetch_bytes >= ASK_FROM else "auto"
+        return "ask" if asks or self.outside or (self.fetch_bytes or 0) >= ASK_FROM else "auto"
 
     def to_json(self) -> dict[str, Any]:
         """The plan as it stands in `doctor --fix --json`."""

@@ -54,8 +54,8 @@ def complete_snapshot(request: Request) -> Plan:
         *([f"go on from the {bytes_text(saved)} that are there"] if saved else []),
         work=work,
         commands=(shell("hf", "download", repo.repo),),
-        fetch_bytes=max(0, sum(each.fetch_bytes for each in puts) - saved),
-        disk_bytes=sum(each.disk_bytes for each in puts),
+        fetch_bytes=max(0, sum(each.fetch_bytes or 0 for each in puts) - saved),
+        disk_bytes=sum(each.disk_bytes or 0 for each in puts),
         seconds=sum(each.seconds or 0 for each in puts),
         outside=True,
     )

@@ -91,8 +91,11 @@ def _of_shell(request: Request, name: str, value: str) -> Plan:
     files += sorted(Path.home().glob(".config/environment.d/*.conf"))
     line = f"export {name}={shlex.quote(value)}"
     plans = []
-    for path in dict.fromkeys(files):
+    once = {path.resolve(): path for path in reversed(files)}  # one may be a link to another
+    for path in sorted(once.values(), key=files.index):
         before = _text(request, path)
+        if not value and (number := _beyond(before, name)):
+            raise request.refuse(f"line {number} of {path} sets {name} in a way that kleinctl cannot change")
         after = _silenced(before, name, plain=path.suffix == ".conf")
         if value and path == files[0]:
             after += ("" if not after or after.endswith("\n") else "\n") + line + "\n"
@@ -107,8 +110,9 @@ def _of_shell(request: Request, name: str, value: str) -> Plan:
             each.work(record, progress)
 
     sentences = tuple(sentence for each in plans for sentence in each.sentences)
-    by_hand = line if value else f"unset {name}   # and take it out of {files[0]}"
-    return replace(plans[0], sentences=sentences, work=work, commands=(by_hand,), outside=True)
+    by_hand = line if value else f"unset {name}   # and take it out of the files above"
+    total = sum(each.disk_bytes or 0 for each in plans)
+    return replace(plans[0], sentences=sentences, work=work, commands=(by_hand,), disk_bytes=total, outside=True)
 
 
 def _text(request: Request, path: Path) -> str:
@@ -124,6 +128,18 @@ def _silenced(text: str, name: str, *, plain: bool) -> str:
     value = r"""(?:"[^"\n`$\\]*"|'[^'\n]*'|[^\s;&|"'`$#\\]*)"""
     line = rf"(?<!\\\n)^([ \t]*)((?:export[ \t]+{name}(?:={value})?|{name}={value})[ \t]*(?:#.*)?)$"
     return re.sub(line, r"# \2" if plain else r"\1: # \2", text, flags=re.MULTILINE)
+
+
+def _beyond(text: str, name: str) -> int | None:
+    """The first line, from 1, that sets the variable for all that follows and is not one that can be silenced."""
+    value = r"""(?:"[^"\n]*"|'[^'\n]*'|\$\([^()\n]*\)|\$(?!\()|[^\s;&|"'$])*"""
+    found = re.search(
+        rf"(?<!\\\n)^[^#\n]*(?:\b(?:export|declare|typeset|readonly)\b[^#;&|\n]*?(?<![\w$={{]){name}\b"
+        rf"|(?:^|[;&|{{( \t]){name}={value}[ \t]*(?:[;#&|]|$))",
+        text := _silenced(text, name, plain=False),
+        re.MULTILINE,
+    )
+    return text.count("\n", 0, found.start()) + 1 if found else None
 
 
 def _lines(before: str, after: str) -> Iterator[str]:

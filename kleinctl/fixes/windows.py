@@ -14,7 +14,8 @@ from kleinctl.problem import KleinctlError, Problem
 #: Microsoft's names in winget's own source, and the options that let it run without questions.
 VC_RUNTIME = "Microsoft.VCRedist.2015+.x64"
 QUIET = ("--exact", "--silent", "--accept-source-agreements", "--accept-package-agreements")
-#: Seconds. It has some 25 MB, and Windows asks the user for permission.
+#: Bytes, about; and seconds, in which Windows asks the user for permission too.
+VC_BYTES = 25_000_000
 LONGEST_SECONDS = 1800
 
 
@@ -44,6 +45,8 @@ def install_vc_runtime(request: Request) -> Plan:
         f"install {VC_RUNTIME}, Microsoft's Visual C++ runtime, into Windows; Windows asks for permission",
         work=work,
         commands=(shell("winget", *words),),
+        fetch_bytes=VC_BYTES,
+        disk_bytes=VC_BYTES,
         seconds=60.0,
         outside=True,
         why_not_undoable="It is part of Windows then; Settings, Apps takes it away.",

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import os
 import platform
@@ -15,7 +16,9 @@ import sys
 import threading
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +26,7 @@ from kleinctl import __version__
 from kleinctl.backends import Budget, InstalledModel, Job
 from kleinctl.pngtext import plain_text, utf8_text, with_chunks
 from kleinctl.problem import KleinctlError, Problem
+from kleinctl.records import numbered
 from kleinctl.worker import die_with_parent, protocol
 from kleinctl.worker.device import Device, open_device, peak_rss_bytes, rss_bytes
 from kleinctl.worker.looks import pixels_of, prompt_cut
@@ -229,12 +233,14 @@ class Worker:
             "warnings": [*self._loaded.warnings, *warnings],
         }
         self._line.partial = request.partial
-        digest = write_png(image, record, request.partial, request.output)
+        with ThreadPoolExecutor(1) as beside:
+            pixels = beside.submit(lambda: hashlib.sha256(image.tobytes()).hexdigest())
+            digest, output = write_png(image, record, request.partial, request.output, request.first)
         self._line.partial = None
         peak, source = self._device.peak_vram()
         return Made(
             sha256=digest,
-            pixels_sha256=hashlib.sha256(image.tobytes()).hexdigest(),
+            pixels_sha256=pixels.result(),
             record=record,
             seconds=self._watch.stop(),
             peak_vram_bytes=peak,
@@ -246,6 +252,7 @@ class Worker:
             pixels=pixels_of(image),
             prompt_cut=prompt_cut(getattr(self._session, "tokenizer", None), request.job.prompt, self._max_tokens),
             tiling=getattr(self._session, "tiling", None),
+            output=output,
         )
 
     def calibrate(self, request: Calibrate) -> Calibrated:
@@ -309,13 +316,18 @@ def _remarks(image: Any, job: Job) -> list[str]:
     return remarks
 
 
-def write_png(image: Any, record: Mapping[str, Any], partial: Path, output: Path) -> str:
-    """Write `image` with its record to `partial`, then rename to `output`. The sha256 of the file.
+def write_png(
+    image: Any, record: Mapping[str, Any], partial: Path, output: Path, first: Path | None = None
+) -> tuple[str, Path]:
+    """Write `image` with its record to `partial`, then rename to `output`. The sha256 of the file, and its name.
 
+    With `first` nothing is replaced: where `output` is taken by now, it gets the next free name that counts from there.
     The record holds no times, so the same job on the same machine gives the same file, byte for byte.
     """
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=4)  # level 6 takes up to three times as long and saves nothing
+    # Run lengths alone: what the filters of PNG leave of a picture has no longer repeats. On 1024x1024 a processor's
+    # 160 ms become 80 with grain, at the same size (1.85 MB), and a smooth gradient has 0.09 MB instead of 0.05.
+    image.save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
     png = with_chunks(
         buffer.getvalue(),
         plain_text("Description", record["prompt"]),
@@ -327,12 +339,23 @@ def write_png(image: Any, record: Mapping[str, Any], partial: Path, output: Path
             file.write(png)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(output)
+        output = partial.replace(output) if first is None else _rename(partial, output, first)
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
-    return hashlib.sha256(png).hexdigest()
+    return hashlib.sha256(png).hexdigest(), output
+
+
+def _rename(partial: Path, output: Path, first: Path) -> Path:
+    """Rename to `output`, or to the first name free that counts from `first`, however many do so at a time."""
+    for path in itertools.chain([output], numbered(first)):
+        with contextlib.suppress(FileExistsError):
+            if sys.platform == "win32":
+                return partial.rename(path)  # replaces nothing
+            path.touch(exist_ok=False)
+            return partial.replace(path)
+    raise AssertionError("numbers do not end")
 
 
 def versions() -> dict[str, str]:

@@ -8,19 +8,24 @@ message changes the number in `PROTOCOL`.
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 from kleinctl.backends import Budget, Job
-from kleinctl.hardware.rates import Rates
 from kleinctl.manifest import Model
 from kleinctl.problem import Problem
 
-PROTOCOL = "kleinctl.worker/3"
+if TYPE_CHECKING:
+    from kleinctl.hardware.rates import Rates
+
+PROTOCOL = "kleinctl.worker/4"
 #: Longest line in bytes: prompts and records are far below.
 MAX_LINE_BYTES = 8 * 2**20
 
@@ -143,6 +148,7 @@ class Prepared:
 class Generate:
     """Make the picture of `job`. It is written to `partial`, and renamed to `output` when it is whole.
 
+    With `first` no file is replaced: where `output` is taken by then, the next free name is, counted from `first`.
     `record` is what the control process knows of how it was made; the worker adds what it knows.
     """
 
@@ -150,6 +156,7 @@ class Generate:
     output: Path
     partial: Path
     record: dict[str, Any]
+    first: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +164,8 @@ class Made:
     """A picture is written. Seconds and `stages` are by stage; peaks are the worker's, from its start until now.
 
     `sha256` is of the file, `pixels_sha256` of its rows of RGB bytes. `rss_bytes` is the memory of its own that the
-    worker holds now. `tiling` is the side and the overlap of the decoder's tiles in pixels, where it had tiles.
+    worker holds now. `tiling` is the side and the overlap of the decoder's tiles in pixels, where it had tiles. The
+    file is called `output`.
     """
 
     sha256: str
@@ -173,6 +181,7 @@ class Made:
     pixels: Pixels = NO_PIXELS
     prompt_cut: PromptCut | None = None
     tiling: tuple[int, int] | None = None
+    output: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -253,18 +262,38 @@ def pack(thing: Any) -> Any:
     return str(thing) if isinstance(thing, Path) else thing
 
 
+#: Kinds that are imported when one comes: few messages have them, and a hundredth of a second is saved.
+_MODULES = {"Hardware": "kleinctl.hardware", "Rates": "kleinctl.hardware.rates"}
+
+
+class _Later(dict[str, Any]):
+    def __missing__(self, name: str) -> Any:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+@cache
+def _hint(kind: type, name: str) -> Any:
+    """The type of a field. Not by `get_type_hints`, which would import what stands at all the others."""
+    return eval(kind.__annotations__[name], vars(sys.modules[kind.__module__]), _Later())  # noqa: S307
+
+
 def unpack(kind: Any, data: Any) -> Any:
     """What `pack` made of a `kind`, by its type annotations.
 
     Raises:
         TypeError, LookupError: the data are of another shape.
     """
+    if data is None:
+        return None
     if is_dataclass(kind):
-        hints = get_type_hints(kind)
-        return kind(**{key: unpack(hints[key], data[key]) for key in data.keys() & hints.keys()})  # type: ignore[operator]
+        build: Any = kind
+        values = {each.name: data[each.name] for each in fields(kind) if each.name in data}
+        for name, value in values.items():
+            values[name] = None if value is None else unpack(_hint(build, name), value)
+        return build(**values)
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        return None if data is None else unpack(next(each for each in inner if each is not type(None)), data)
+        return unpack(next(each for each in inner if each is not type(None)), data)
     if origin is tuple:
         kinds = [inner[0]] * len(data) if inner[-1] is Ellipsis else inner
         return tuple(unpack(each, value) for each, value in zip(kinds, data, strict=True))
