@@ -26,12 +26,13 @@ __all__ = [
     "Signature",
     "Stage",
     "check",
+    "comfyui",
     "hookimpl",
     "memory",
 ]
 
 if TYPE_CHECKING:
-    from kleinctl import memory
+    from kleinctl import comfyui, memory
     from kleinctl.backends import API_VERSION, Budget, Fit, InstalledModel, Job, Stage
     from kleinctl.checks import Check, CouldNotCheck, check
     from kleinctl.environment import Environment
@@ -72,8 +73,8 @@ def __getattr__(name: str) -> Any:
     """Load public names when they are first used (PEP 562), so that `kleinctl --help` starts in a blink."""
     import importlib
 
-    if name == "memory":
-        return importlib.import_module("kleinctl.memory")
+    if name in ("comfyui", "memory"):
+        return importlib.import_module(f"kleinctl.{name}")
     if name in _WHERE:
         return getattr(importlib.import_module(f"kleinctl.{_WHERE[name]}"), name)
     raise AttributeError(f"module 'kleinctl' has no attribute {name!r}")

@@ -33,6 +33,8 @@ RECORD = "environment.json"
 DRIVERS = "https://www.nvidia.com/drivers"
 #: What `Environment.to_json` shows: the packages that pictures depend on.
 SHOWN = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "pillow", "numpy")
+#: What wants torch. An environment for nothing of these is a light one, with a few packages (bytes on disk).
+NEED_TORCH, LIGHT, LIGHT_BYTES = frozenset(("torch", "diffusers", "transformers", "accelerate")), "light", 60_000_000
 #: Where a venv has its interpreter.
 PYTHON = Path("Scripts", "python.exe") if os.name == "nt" else Path("bin", "python")
 
@@ -67,7 +69,10 @@ class Environment:
 
 @dataclass(frozen=True)
 class TorchBuild:
-    """One build of torch as it is offered for download. Bytes are approximate and include its CUDA packages."""
+    """One build of torch as it is offered for download. Bytes are approximate and include its CUDA packages.
+
+    `companions` are the torchvision and torchaudio that belong to it, from the same index.
+    """
 
     name: str
     torch: str
@@ -75,6 +80,7 @@ class TorchBuild:
     cuda: str | None = None
     download_bytes: int = 0
     disk_bytes: int = 0
+    companions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,28 +88,38 @@ class EnvironmentPlan:
     """A managed environment before it is built.
 
     `python` is the interpreter it will be made from, `pins` exact requirements, a complete set but for torch; `extras`
-    are those of a plugin that the pinned set does not know. Bytes are approximate.
+    are those of a plugin that the pinned set does not know, `companions` what comes with torch. Without a `build` of
+    torch only the extras are installed, as the pins have them. Bytes are approximate.
     """
 
     name: str
     folder: Path
     python: Path
-    build: TorchBuild
+    build: TorchBuild | None
     pins: tuple[str, ...]
     extras: tuple[str, ...] = ()
     download_bytes: int = 0
     disk_bytes: int = 0
+    companions: tuple[str, ...] = ()
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """The versions that no other package may replace."""
+        return (*self.pins, *((f"torch=={self.build.torch}",) if self.build else ()), *self.companions)
 
     @property
     def steps(self) -> tuple[str, ...]:
         """What `build` will do, in order."""
-        extras = (f"install {', '.join(self.extras)}",) if self.extras else ()
-        return (
-            "make a virtual environment",
+        some = ", ".join(self.extras[:3]) + (f" and {len(self.extras) - 3} more" if len(self.extras) > 3 else "")
+        torch = self.build and (
             f"install {len(self.pins)} packages",
             f"install torch {self.build.torch} ({self.build.name})",
-            *extras,
-            "import torch and check versions",
+        )
+        return (
+            "make a virtual environment",
+            *(torch or ()),
+            *((f"install {some}",) if self.extras else ()),
+            "import torch and check versions" if torch else "check versions",
         )
 
 
@@ -331,10 +347,11 @@ def find(
 
 
 def list_managed() -> list[Environment]:
-    """The managed environments that are whole, the newest first."""
+    """The managed environments that are whole, the newest first; then those with a purpose of their own."""
     whole = [(folder / RECORD, _managed(folder)) for folder in _folders()]
     ready = [(record.stat().st_mtime, found) for record, found in whole if isinstance(found, Environment)]
-    return [environment for _, environment in sorted(ready, key=lambda each: each[0], reverse=True)]
+    newest = [environment for _, environment in sorted(ready, key=lambda each: each[0], reverse=True)]
+    return sorted(newest, key=lambda each: each.name.count("-") > 1)
 
 
 def broken() -> list[Problem]:
@@ -344,11 +361,13 @@ def broken() -> list[Problem]:
         Problem(
             what=f"the environment {folder.name} is broken",
             why=why,
-            fix="kleinctl install",
+            fix=f"kleinctl install{' --backend comfy' if folder.name.startswith('comfyui-') else ''}",
             name="environment-broken",
             path=str(folder),
             evidence=(Evidence(str(folder / RECORD), why.rstrip("."), "every package as it was installed"),),
-            remedy=Remedy("rebuild-environment", {"environment": folder.name}),
+            remedy=None
+            if folder.name.startswith("comfyui-")
+            else Remedy("rebuild-environment", {"environment": folder.name}),
         )
         for folder, why in found.items()
         if isinstance(why, str)
@@ -450,7 +469,7 @@ def torch_build(hardware: Hardware, cuda: bool) -> TorchBuild:
 
 def _build(row: Mapping[str, Any], platform: str) -> TorchBuild:
     sizes = {key: row[key].get(platform, 0) for key in ("download_bytes", "disk_bytes")}
-    return TorchBuild(**{**row, **sizes})
+    return TorchBuild(**{**row, **sizes, "companions": tuple(row["companions"])})
 
 
 def _kernels(cuda: str | None, torch: str, platform: str) -> list[str]:
@@ -519,8 +538,18 @@ def _no_build(what: str, why: str, fix: str, ref: str = "A05") -> KleinctlError:
 # The plan
 
 
-def plan(requires: Sequence[str], hardware: Hardware, cuda: bool) -> EnvironmentPlan:
+def wants_torch(requires: Sequence[str]) -> bool:
+    """Whether an environment for these requirements has torch; else it is a light one."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    return any(canonicalize_name(Requirement(each).name) in NEED_TORCH for each in requires)
+
+
+def plan(requires: Sequence[str], hardware: Hardware, cuda: bool, purpose: str = "") -> EnvironmentPlan:
     """The managed environment that meets `requires` on this machine; made from another Python where this does not do.
+
+    One with a `purpose` of its own is named after it, and has what comes with torch.
 
     Raises:
         KleinctlError: there is no torch for this machine, or a requirement contradicts the pinned versions.
@@ -531,13 +560,15 @@ def plan(requires: Sequence[str], hardware: Hardware, cuda: bool) -> Environment
     from kleinctl.environment_build import another_python
 
     other = None if usable(hardware.python) else another_python()
-    build, stack = torch_build(replace(hardware, python=other) if other else hardware, cuda), data()["stack"]
+    stack, here = data()["stack"], replace(hardware, python=other) if other else hardware
+    build = torch_build(here, cuda) if purpose or wants_torch(requires) else None
+    _check_system(here)
     _check_libc()
     version = other.version if other else "{}.{}.{}".format(*sys.version_info)
     told = {"python_version": ".".join(version.split(".")[:2]), "python_full_version": version}
     pinned = [pin for pin in map(Requirement, stack["pins"]) if not pin.marker or pin.marker.evaluate(told)]
     pins = tuple(f"{pin.name}{pin.specifier}" for pin in pinned)
-    versions = {"torch": build.torch, **dict(pin.split("==") for pin in pins)}
+    versions = {**({"torch": build.torch} if build else {}), **dict(pin.split("==") for pin in pins)}
     known = [each for each in requires if canonicalize_name(Requirement(each).name) in versions]
     against = [reason for each in known if (reason := _unmet(each, versions))]
     if against:
@@ -549,10 +580,13 @@ def plan(requires: Sequence[str], hardware: Hardware, cuda: bool) -> Environment
                 name="versions-clash",
             )
         )
-    extras = tuple(each for each in requires if each not in known)
+    extras = tuple(each for each in requires if each not in known or build is None)
+    extras = extras if build else (*extras, "pluggy")  # with which a plugin says what it offers
     version = "{}.{}".format(*sys.version_info)
-    content = "\n".join([version, build.torch, *pins, *extras])
-    name = f"{build.name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+    companions = build.companions if build and purpose else ()
+    content = "\n".join([version, build.torch if build else "", *pins, *extras, *companions])
+    kind = f"{purpose}{'-' if purpose else ''}{build.name if build else LIGHT}"
+    name = f"{kind}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
     return EnvironmentPlan(
         name=name,
         folder=envs_folder() / name,
@@ -560,8 +594,9 @@ def plan(requires: Sequence[str], hardware: Hardware, cuda: bool) -> Environment
         build=build,
         pins=pins,
         extras=extras,
-        download_bytes=build.download_bytes + stack["download_bytes"],
-        disk_bytes=build.disk_bytes + stack["disk_bytes"],
+        download_bytes=build.download_bytes + stack["download_bytes"] if build else LIGHT_BYTES // 2,
+        disk_bytes=build.disk_bytes + stack["disk_bytes"] if build else LIGHT_BYTES,
+        companions=companions,
     )
 
 

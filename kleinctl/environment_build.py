@@ -17,7 +17,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from kleinctl import __version__
-from kleinctl.environment import PYTHON, RECORD, BuildEvent, EnvironmentPlan, OnEvent, data, inspect, numbers, usable
+from kleinctl.environment import (
+    PYTHON,
+    RECORD,
+    BuildEvent,
+    EnvironmentPlan,
+    OnEvent,
+    TorchBuild,
+    data,
+    inspect,
+    numbers,
+    usable,
+)
 from kleinctl.hardware.facts import Python
 from kleinctl.home import envs_folder, home, logs_folder, offline
 from kleinctl.hub import certificates
@@ -62,6 +73,7 @@ _HINTS = {
     r"ensurepip|No module named '?venv": "sudo apt install python3-venv",
     r"WinError (126|1114)": "install https://aka.ms/vs/17/release/vc_redist.x64.exe",
     r"name resolution|NewConnection|[Tt]imed? ?out|refused|reset by|Proxy": "check the network, then: kleinctl install",
+    r"torchvision::nms|libtorch_cuda": "let this machine reach https://download.pytorch.org",  # of another build
     r"No matching distribution": "let this machine reach https://pypi.org and https://download.pytorch.org",
 }  # fmt: skip
 _DOWNLOADING = re.compile(r"\s*Downloading (?:\S*/)?([\w.]+?)-\d\S*\.(?:whl|tar\.gz|zip) ")
@@ -94,18 +106,20 @@ class Builder:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.write_text(f"kleinctl {__version__}, {self.plan.name}\n", encoding="utf-8")
         self.make_venv()
-        self.begin()
-        self.install("--no-deps", *WHEELS, *self.plan.pins)
-        self.begin()
-        self.install(*WHEELS, *self.torch_source())
+        if self.plan.build:
+            self.begin()
+            self.install("--no-deps", *WHEELS, *self.plan.pins)
+            self.begin()
+            self.install(*WHEELS, *self.torch_source(self.plan.build))
         if self.plan.extras:
             self.begin()
             constraints = self.beside / "tmp" / "constraints.txt"
-            constraints.write_text("\n".join((*self.plan.pins, f"torch=={self.plan.build.torch}")), encoding="utf-8")
+            constraints.write_text("\n".join(self.plan.held), encoding="utf-8")
             self.install("--constraint", str(constraints), *self.plan.extras)
         self.begin()
         self.pip("check")
-        self.write_record(*self.import_torch(), seconds=time.monotonic() - start)
+        torch = self.import_torch(self.plan.build) if self.plan.build else None
+        self.write_record(torch, seconds=time.monotonic() - start)
         shutil.rmtree(self.beside / "tmp", ignore_errors=True)
 
     def begin(self) -> None:
@@ -130,13 +144,12 @@ class Builder:
     def pip_is_new(self) -> bool:
         return numbers(inspect(self.beside / PYTHON).packages.get("pip", "0")) >= numbers(data()["pip"]["oldest"])
 
-    def torch_source(self) -> list[str]:
+    def torch_source(self, wanted: TorchBuild) -> list[str]:
         """pip's arguments for torch: PyTorch's own index, or else what pip is configured for, if that is the same."""
-        wanted = self.plan.build
         if not offline() and reachable(wanted.index):
-            return ["--index-url", wanted.index, f"torch=={wanted.torch}+{wanted.name}"]
+            return ["--index-url", wanted.index, f"torch=={wanted.torch}+{wanted.name}", *self.plan.companions]
         self.say(f"{wanted.index} cannot be reached; asking pip's own index for torch {wanted.torch}")
-        source, report = [f"torch=={wanted.torch}"], self.beside / "tmp" / "report.json"
+        source, report = [f"torch=={wanted.torch}", *self.plan.companions], self.beside / "tmp" / "report.json"
         self.install("--dry-run", "--quiet", "--report", str(report), *WHEELS, *source)
         offered = [each["metadata"] for each in json.loads(report.read_text(encoding="utf-8"))["install"]]
         found = offered_build({each["name"]: each["version"] for each in offered})
@@ -146,16 +159,19 @@ class Builder:
         fix = f"PIP_EXTRA_INDEX_URL=https://YOUR-MIRROR/whl/{wanted.name} kleinctl install"
         raise self.failure(why, fix, what=f"torch {wanted.torch} ({wanted.name}) cannot be had")
 
-    def import_torch(self) -> tuple[str, str | None]:
-        """torch's version and CUDA, by importing it in the new environment: that finds broken and foreign libraries."""
-        code = "import json, torch; print(json.dumps([torch.__version__, torch.version.cuda]))"
+    def import_torch(self, wanted: TorchBuild) -> tuple[str, str | None]:
+        """torch's version and CUDA, by importing it and its companions: that finds broken and foreign libraries."""
+        modules = ", ".join(("torch", *(each.partition("=")[0] for each in self.plan.companions)))
+        code = f"import json, {modules}; print(json.dumps([torch.__version__, torch.version.cuda]))"
         self.call(str(self.beside / PYTHON), "-I", "-c", code, timeout=IMPORT_SECONDS)
         version, cuda = json.loads(self.last[-1])
-        if cuda != self.plan.build.cuda and not (self.allow_large and self.plan.build.cuda is None):
-            raise self.failure(f"Installed was torch {version} for CUDA {cuda}; wanted is {self.plan.build.name}.")
+        if cuda != wanted.cuda and not (self.allow_large and wanted.cuda is None):
+            raise self.failure(f"Installed was torch {version} for CUDA {cuda}; wanted is {wanted.name}.")
         return version, cuda
 
-    def write_record(self, torch: str, cuda: str | None, seconds: float) -> None:
+    def write_record(self, torch: tuple[str, str | None] | None, seconds: float) -> None:
+        told = dict(zip(("version", "cuda"), torch or (), strict=False))
+        build = {"torch": {**told, "build": asdict(self.plan.build)}} if self.plan.build else {}
         packages = sorted(inspect(self.beside / PYTHON).packages.items())  # pip, like `pip freeze`, leaves itself out
         record = {
             "schema": "kleinctl.environment/1",
@@ -163,8 +179,8 @@ class Builder:
             "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds": round(seconds, 1),
             "made_from": str(self.plan.python),
-            "torch": {"version": torch, "cuda": cuda, "build": asdict(self.plan.build)},
-            "requirements": [*self.plan.pins, *self.plan.extras],
+            **build,
+            "requirements": [*(self.plan.pins if torch else ()), *self.plan.extras],
             "freeze": [f"{name}=={version}" for name, version in packages if name != "pip"],
         }
         (self.beside / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")

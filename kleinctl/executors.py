@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from kleinctl.exits import exit_text, looks_like_no_memory, oom_kills
+from kleinctl.home import home
 from kleinctl.problem import KleinctlError, Problem
 from kleinctl.worker import protocol
 from kleinctl.worker.protocol import Close, Failed, Hello, Progress, Reply, Request, Setup
@@ -328,6 +329,7 @@ def worker_environment(own: Mapping[str, str], gpu: str | None) -> dict[str, str
         "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONNOUSERSITE": "1",  # -I says so to the worker; this to what it starts
+        "KLEINCTL_HOME": str(home()),  # what finds it without is not in every environment
     }
     if sys.platform == "linux":
         # Segments that grow waste less VRAM on stages of different sizes; torch offers them on Linux alone.

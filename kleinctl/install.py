@@ -116,18 +116,41 @@ def plan_files(
 ) -> InstallPlan:
     """What has to be done to have `model` in `layout`. Hashes nothing, fetches nothing, writes nothing.
 
-    `comfyui` is a ComfyUI checkout whose `models` may hold copies; parts without a sha256 need `allow_unverified`.
+    Without `precision` it is the one that is here, or else the first that the manifest lists. `comfyui` is a ComfyUI
+    whose folders of models may hold copies, those of its `extra_model_paths.yaml` too; parts without a sha256 need
+    `allow_unverified`.
 
     Raises:
         Misuse: the model does not come in that precision.
         KleinctlError: the manifest points out of the model's folder.
     """
-    folders = (comfyui / "models" if (comfyui / "models").is_dir() else comfyui,) if comfyui else ()
-    stamps = Stamps()
+    folders = _folders(comfyui) if comfyui else ()
+    stamps, precision = Stamps(), precision or here(model, layout)
     steps = tuple(_step(model, layout, part, stamps, folders) for part in model.parts_for(layout, precision))
     problems = tuple(_problems(model, steps, allow_unverified))
     folder = store.model_folder(model.name, layout)
     return InstallPlan(model, layout, folder, steps, problems, store.free_bytes(folder), folders)
+
+
+def here(model: Model, layout: str) -> str | None:
+    """The precision whose parts all lie in their places; None where none does."""
+    for precision in model.precisions(layout):
+        places = (
+            (store.destination(model.name, layout, part), part.size) for part in model.parts_for(layout, precision)
+        )
+        if all(place.is_file() and size in (None, place.stat().st_size) for place, size in places):
+            return precision
+    return None
+
+
+def _folders(comfyui: Path) -> tuple[Path, ...]:
+    """The folders that a ComfyUI reads models from; what is no ComfyUI is searched as it is."""
+    from kleinctl.facts import comfyui as facts
+
+    found = facts.read(comfyui)
+    if found is None:
+        return (comfyui / "models" if (comfyui / "models").is_dir() else comfyui,)
+    return tuple(dict.fromkeys(folder for _, folder in facts.model_folders(found)))
 
 
 def _step(model: Model, layout: str, part: Part, stamps: Stamps, folders: Sequence[Path]) -> Step:

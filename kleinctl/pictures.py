@@ -53,7 +53,7 @@ def reference(path: Path) -> Picture:
 
 
 def _unusable(path: Path, why: str, fix: str) -> Problem:
-    what = f"{path.name} cannot be used as a reference picture"
+    what = f"{path.name or path} cannot be used as a reference picture"
     return Problem(what, why, fix, name="reference-unusable", path=str(path))
 
 

@@ -186,7 +186,8 @@ def check_prompt(prompt: str) -> str:
 def digests(way: Way) -> dict[str, str]:
     """The sha256 of the model's installed parts by id; `unknown` for what has not been hashed since it came."""
     layout, stamps = way.backend.layout, store.Stamps()
-    targets = {part: store.destination(way.model.name, layout, part) for part in way.model.parts_for(layout)}
+    parts = way.model.parts_for(layout, install.here(way.model, layout))
+    targets = {part: store.destination(way.model.name, layout, part) for part in parts}
     return {part.id: stamps.sha256(target) or "unknown" for part, target in targets.items()}
 
 

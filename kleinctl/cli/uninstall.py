@@ -4,43 +4,54 @@ from __future__ import annotations
 
 import shutil
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kleinctl.cli import options, output
 from kleinctl.problem import OK, Misuse, Problem
 
+if TYPE_CHECKING:
+    from kleinctl.comfyui.record import Checkout
+
 
 @click.command("uninstall", short_help="Take away a model, or everything kleinctl made.")
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
 @click.option("--environments", is_flag=True, help="Take away the managed Python environments.")
+@click.option("--comfyui", is_flag=True, help="Take away the ComfyUI that kleinctl installed; use yours no more.")
 @click.option("--all", "everything", is_flag=True, help="Take away all models, environments, logs and downloads.")
 @options.together(options.yes, options.as_json)
-def command(models: tuple[str, ...], environments: bool, everything: bool, yes: bool, as_json: bool) -> int:
-    """Take away the files of MODEL, the managed environments, or everything kleinctl made.
+def command(
+    models: tuple[str, ...], environments: bool, comfyui: bool, everything: bool, yes: bool, as_json: bool
+) -> int:
+    """Take away the files of MODEL, the managed environments, ComfyUI, or everything kleinctl made.
 
-    Only what kleinctl put there goes: files that Hugging Face's cache or ComfyUI also have stay there.
+    Only what kleinctl put there goes: files that Hugging Face's cache or ComfyUI also have stay there, and so do
+    pictures, settings and custom nodes of the ComfyUI that kleinctl installed.
     """
     from kleinctl import environment, install
+    from kleinctl.comfyui import install as comfy
+    from kleinctl.comfyui.record import known
     from kleinctl.home import home
     from kleinctl.plugins import Plugins
     from kleinctl.units import bytes_text
 
     plugins = Plugins()
     chosen = [plugins.model(name) for name in models] if not everything else list(plugins.models.values())
-    if not (chosen or environments or everything):
-        raise Misuse(
-            Problem("nothing was named", "A model, --environments or --all is wanted.", "kleinctl models", name="usage")
-        )
+    if not (chosen or environments or comfyui or everything):
+        why = "A model, --environments, --comfyui or --all is wanted."
+        raise Misuse(Problem("nothing was named", why, "kleinctl models", name="usage"))
     if not yes and not sys.stdin.isatty():
         raise Misuse(
             Problem("nobody is there to be asked", "Taking files away wants a yes.", "add --yes", name="usage")
         )
     if not yes:
-        what = ", ".join([*(model.name for model in chosen), *(["environments"] if environments or everything else [])])
+        also = {"environments": environments or everything, _told(known()): comfyui or everything}
+        what = ", ".join([*(model.name for model in chosen), *(name for name, goes in also.items() if goes)])
         click.confirm(f"Take away {what}?", default=False, abort=True, err=True)
     removed = [install.uninstall(model) for model in chosen]
+    used = known()
+    gone_comfyui = comfy.uninstall() if comfyui or everything else None
     gone = environment.names() if environments or everything else []
     for name in gone:
         environment.remove(name)
@@ -56,11 +67,26 @@ def command(models: tuple[str, ...], environments: bool, everything: bool, yes: 
         "left": [str(path) for each in removed for path in each.left],
         "environments": gone,
     }
+    if gone_comfyui is not None:
+        document["files"] += map(str, gone_comfyui.programs)
+        document["freed_bytes"] += gone_comfyui.freed_bytes
+        document["left"] += map(str, gone_comfyui.left)
+        document["environments"] = [*gone_comfyui.environments, *gone]
     if as_json:
         output.print_json(document)
     else:
         count, freed = len(document["files"]), bytes_text(document["freed_bytes"])
-        output.answer(f"{count} files and {len(gone)} environments taken away, {freed} of files freed")
+        places = len(document["environments"])
+        output.answer(f"{count} files and {places} environments taken away, {freed} of files freed")
+        if gone_comfyui is not None and used is not None and not used.owned:
+            output.remark(f"the ComfyUI in {used.path} is no longer used, and is as it was")
         for path in document["left"]:
             output.remark(f"left, for kleinctl did not put it there: {path}")
     return OK
+
+
+def _told(used: Checkout | None) -> str:
+    """What becomes of ComfyUI, in words."""
+    if used is None or used.owned:
+        return "ComfyUI and its environment"
+    return f"the record of {used.path} (it stays as it is)"

@@ -19,6 +19,7 @@ from kleinctl.facts.system import System
 from kleinctl.facts.weights import DiffusersFolder, FoundFile
 from kleinctl.facts.workflow import Workflow
 from kleinctl.hardware import Hardware
+from kleinctl.problem import KleinctlError
 
 if TYPE_CHECKING:
     from kleinctl.plugins import Plugins
@@ -95,7 +96,8 @@ def gather(
     deep: bool = False,
     progress: weights.Progress | None = None,
 ) -> Facts:
-    """Everything about this machine. `folders` are ComfyUI's or diffusers' that the user named.
+    """Everything about this machine. `folders` are ComfyUI's or diffusers' that the user named; where no ComfyUI is
+    among them, the one that pictures are made with is looked at.
 
     With `deep`, files are hashed (`progress` hears of each), and torch is imported in a process of its own in each
     environment that has it.
@@ -110,7 +112,9 @@ def gather(
 
     read = workflow.read(workflow_file) if workflow_file else None
     found = {folder: timed(f"ComfyUI {number}", partial(comfyui.read, folder)) for number, folder in enumerate(folders)}
-    comfyuis = _named_apart(each for each in found.values() if each is not None)
+    named = [each for each in found.values() if each is not None]
+    used = None if named else timed("ComfyUI in use", _comfyui_in_use)
+    comfyuis = _named_apart([*named, *([used] if used else [])])
     if read is not None:
         comfyuis = tuple(comfyui.provided(each, (node.type for node in read.nodes)) for each in comfyuis)
     others = [folder for folder, each in found.items() if each is None]
@@ -131,6 +135,17 @@ def gather(
         probes=tuple(timed(f"torch of {each.name}", partial(probe.probe, each, gpu)) for each in asked),
         seconds=seconds,
     )
+
+
+def _comfyui_in_use() -> ComfyUI | None:
+    """The ComfyUI that kleinctl uses; None where there is none, or it cannot be read."""
+    from kleinctl.comfyui import adopt, record
+
+    checkout = record.known()
+    try:
+        return adopt.facts_of(checkout) if checkout else None
+    except KleinctlError:
+        return None
 
 
 def _named_apart(comfyuis: Iterable[ComfyUI]) -> tuple[ComfyUI, ...]:

@@ -139,15 +139,26 @@ def catalogue() -> dict[str, Any]:
     return tomllib.loads(Path(__file__).parent.with_name("comfyui_nodes.toml").read_text(encoding="utf-8"))
 
 
-def read(folder: Path, settings: Path | None = None) -> ComfyUI | None:
+def read(
+    folder: Path,
+    settings: Path | None = None,
+    *,
+    arguments: tuple[str, ...] | None = None,
+    python: Path | None = None,
+) -> ComfyUI | None:
     """The ComfyUI in `folder` (a checkout, a portable's, a base directory, or models); None where there is none.
 
-    `settings` is where the Desktop app keeps its own, by default this user's.
+    `settings` is where the Desktop app keeps its own, by default this user's. `arguments` and `python` are what it is
+    started with where that is not what its own script says.
     """
     try:
         given = Path(os.path.abspath(folder.expanduser()))  # noqa: PTH100 (links keep the name people know)
         found = _locate(given)
-        return _Reading(given, *found, settings or _desktop_settings()).comfyui() if found else None
+        if found is None:
+            return None
+        reading = _Reading(given, *found, settings or _desktop_settings(), arguments)
+        own = reading.comfyui()
+        return replace(own, python=str(python), environment=own.name) if python else own
     except OSError:
         return None
 
@@ -159,10 +170,10 @@ def model_folders(comfyui: ComfyUI) -> Iterator[tuple[str, Path]]:
 
 
 def environments(comfyui: ComfyUI) -> tuple[Environment, ...]:
-    """The Python that runs it, named after it, where it was found."""
+    """The Python that runs it, named after it, where it was found and is not a managed one."""
     from kleinctl.environment import inspect
 
-    if comfyui.python is None:
+    if comfyui.python is None or comfyui.environment != comfyui.name:
         return ()
     try:
         return (replace(inspect(Path(comfyui.python)), name=comfyui.name),)
@@ -246,9 +257,12 @@ def _desktop_settings() -> Path:
 class _Reading:
     """One folder being read. `root` has the program (or what there is), `base` the models, nodes and logs it uses."""
 
-    def __init__(self, given: Path, layout: str, root: Path, settings: Path) -> None:
+    def __init__(
+        self, given: Path, layout: str, root: Path, settings: Path, arguments: tuple[str, ...] | None = None
+    ) -> None:
         self.given, self.layout, self.root, self.settings = given, layout, root, settings
-        self.script, self.arguments = self._start()
+        self.script, said = self._start()
+        self.arguments = said if arguments is None else arguments
         self.base = self._named("--base-directory") or root
         self.models = self._named("--models-directory") or (root if layout == "models" else self.base / "models")
 

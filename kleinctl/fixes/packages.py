@@ -214,9 +214,10 @@ def _possible(request: Request, cuda: bool, hardware: Hardware | None = None) ->
     """What could be built for the backends that are here, on this machine or `hardware`."""
     refused: KleinctlError | None = None
     found = False
-    for offer in request.plugins.backends.values():
+    every = [offer.thing.requires for offer in request.plugins.backends.values()]
+    for requires in sorted(every, key=lambda each: not environment.wants_torch(each)):
         try:
-            yield environment.plan(offer.thing.requires, hardware or request.hardware, cuda)
+            yield environment.plan(requires, hardware or request.hardware, cuda)
             found = True
         except KleinctlError as error:
             refused = error

@@ -73,7 +73,7 @@ def detect(home: Path | None = None) -> Hardware:
     facts: dict[str, Any] = {"nvml": NvmlState("error", "no answer")}
     for question in questions:
         facts |= question.answer()
-    remarks = tuple(question.remark for question in questions if question.remark)
+    remarks = (*facts.pop("remarks", ()), *(question.remark for question in questions if question.remark))
     found = _agreed(Hardware(**facts, remarks=remarks))
     rates, why_not = current(found)
     return replace(found, rates=rates, remarks=(*remarks, why_not) if why_not else remarks)

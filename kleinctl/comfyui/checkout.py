@@ -1,0 +1,249 @@
+"""A ComfyUI out of git: which commit is meant, and bringing it here. Its code is never imported."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from kleinctl import store
+from kleinctl.comfyui import record
+from kleinctl.home import offline
+from kleinctl.problem import KleinctlError, Problem, did_you_mean
+
+Say = Callable[[str], None]
+#: A commit as git writes it in full.
+COMMIT = re.compile(r"[0-9a-f]{40}")
+#: What is never a file of the user's: byte code that Python leaves behind.
+BYTE_CODE = re.compile(r"(?:^|/)__pycache__/|\.pyc$")
+#: Folders that `--base-directory` leads to: files in them move there, all others stay beside main.py.
+DATA = ("models", "input", "output", "custom_nodes", "user")
+
+
+@cache
+def releases() -> dict[str, Any]:
+    """`releases.toml`."""
+    try:
+        import tomllib
+    except ImportError:
+        import tomli as tomllib
+    return tomllib.loads(Path(__file__).with_name("releases.toml").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A commit of a repository, `ref` as it was named. `pinned` is whether the commit is the one in `releases.toml`."""
+
+    address: str
+    ref: str
+    commit: str
+    pinned: bool
+
+
+def wanted(ref: str | None = None, address: str | None = None) -> Wanted:
+    """Which commit is meant: of a release that is known, or what the repository calls `ref`.
+
+    Raises:
+        KleinctlError: the repository does not answer, or has no such thing.
+    """
+    ref, address = ref or releases()["release"], _whole(address or releases()["address"])
+    pin = releases()["commits"].get(ref if ref.startswith("v") else f"v{ref}")
+    if pin:
+        return Wanted(address, ref if ref.startswith("v") else f"v{ref}", pin, pinned=True)
+    if COMMIT.fullmatch(ref):
+        return Wanted(address, ref, ref, pinned=False)
+    return Wanted(address, ref, _asked(address, ref), pinned=False)
+
+
+def _whole(address: str) -> str:
+    """An address; of a repository on this machine its whole path."""
+    path = Path(address).expanduser()
+    return str(path.absolute()) if path.is_dir() else address
+
+
+def _asked(address: str, ref: str, of: str = "commit") -> str:
+    """The commit (or the `name`) of a tag or branch, by the repository."""
+    from kleinctl.fixes import git
+
+    _reachable(address)
+    lines = git.run(None, "ls-remote", "--tags", "--heads", "--", address, seconds=git.ASK).splitlines()
+    there = {name: commit for commit, _, name in (line.partition("\t") for line in lines)}
+    for name in (f"refs/tags/{ref}^{{}}", f"refs/tags/{ref}", f"refs/heads/{ref}", ref):
+        if name in there:
+            return there[name] if of == "commit" else name.removesuffix("^{}")
+    names = [re.sub(r"^refs/\w+/", "", name) for name in there if not name.endswith("^{}")]
+    raise _problem(
+        f"there is no {ref[:60]!r} in {git.without_user(address)}",
+        f"Wanted is a tag, a branch or a whole commit; it has {len(names)} of these.{did_you_mean(ref, names)}",
+        f"kleinctl install --backend comfy --comfyui-ref {releases()['release']}",
+        "comfyui-ref-unknown",
+    )
+
+
+def _reachable(address: str) -> None:
+    """Raise where the network is switched off; a repository on this machine needs none."""
+    from kleinctl.hub import offline_problem
+
+    if offline() and not Path(address).is_dir():
+        raise KleinctlError(offline_problem(()))
+
+
+def _problem(what: str, why: str, fix: str, name: str, path: Path | None = None) -> KleinctlError:
+    return KleinctlError(Problem(what, why, fix, name=name, path=str(path) if path else None))
+
+
+# What is here
+
+
+def programs() -> list[Path]:
+    """The ComfyUIs that kleinctl installed and that are still here."""
+    return sorted(path.parent for path in record.folder().glob("*/main.py") if not path.parent.name.startswith("."))
+
+
+def present(commit: str) -> Path | None:
+    """Where that commit lies whole already.
+
+    Raises:
+        KleinctlError: files of it were changed; or git is missing.
+    """
+    from kleinctl.fixes import git
+
+    here = next((path for path in programs() if git.head(path) == commit), None)
+    if here is None:
+        return None
+    changed = git.changes(here)
+    if changed:
+        raise _problem(
+            f"files of the ComfyUI in {here} were changed",
+            f"Wanted is commit {commit[:8]} as it was published; changed are {', '.join(changed[:3])}.",
+            f'git -C "{here}" checkout -- .   # takes the changes back, then: kleinctl install --backend comfy',
+            "comfyui-changed",
+            here,
+        )
+    return here
+
+
+# Bringing it
+
+
+def bring(asked: Wanted, say: Say = lambda text: None) -> Path:
+    """Have that commit, in a folder of its own: made beside and renamed, so that half of it is never there.
+
+    Raises:
+        KleinctlError: it cannot be had, is no ComfyUI that knows klein, or the disk does not take it.
+    """
+    from kleinctl.comfyui import adopt
+
+    here = present(asked.commit)
+    if here is not None:
+        return here
+    for left in record.folder().glob(".new-*"):
+        remove(left)
+    beside = store.make_folder(record.folder()) / f".new-{os.getpid()}"
+    try:
+        _check_out(asked, beside, say)
+        found = adopt.program(beside)
+        target = record.folder() / f"ComfyUI-{found.version}-{asked.commit[:8]}"
+        with store.writing(target):
+            if target.exists():  # it has become another commit, or broken; what the user put there is looked after
+                target.rename(target.with_name(f"{target.name}-until-{os.getpid()}"))
+            beside.rename(target)
+        store.sync_folder(target.parent)
+    finally:
+        remove(beside)
+    return target
+
+
+def _check_out(asked: Wanted, beside: Path, say: Say) -> None:
+    from kleinctl.fixes import git
+
+    _reachable(asked.address)
+    say(f"fetching {asked.ref} of {git.without_user(asked.address)}")
+    git.run(None, "init", "--quiet", "--", str(beside))
+    try:
+        _fetch(beside, asked.address, asked.commit)
+    except KleinctlError as error:  # an old server gives out what has a name, and nothing else
+        if COMMIT.fullmatch(asked.ref) or not re.search(r"not our ref|not allow request|unadvertised", str(error)):
+            raise
+        _fetch(beside, asked.address, _asked(asked.address, asked.ref, of="name"))
+    found = git.run(beside, "rev-parse", "--verify", "FETCH_HEAD^{commit}")
+    if found != asked.commit:
+        raise _problem(
+            f"{asked.ref} of {git.without_user(asked.address)} is not the release that kleinctl knows",
+            f"Wanted is commit {asked.commit}; {asked.ref} there is {found}.",
+            f"kleinctl install --backend comfy --comfyui-url {releases()['address']}",
+            "comfyui-not-the-pin",
+        )
+    say(f"checking out {found[:8]}")
+    git.run(beside, "remote", "add", "origin", git.without_user(asked.address))
+    git.run(beside, "-c", "advice.detachedHead=false", "checkout", "--quiet", "--detach", found, seconds=git.FETCH)
+
+
+def _fetch(folder: Path, address: str, ref: str) -> None:
+    from kleinctl.fixes import git
+
+    git.run(folder, "fetch", "--quiet", "--no-tags", "--depth", "1", "--", address, ref, seconds=git.FETCH)
+
+
+# Taking it away
+
+
+def tidy(keep: Path | None) -> list[Path]:
+    """Take away every program but `keep`; what the user put into them moves to its place. Returns what moved.
+
+    Without `keep` all of it goes to the data folder. One whose own files were changed stays, and one that runs.
+
+    Raises:
+        KleinctlError: the disk does not take it.
+    """
+    from kleinctl.comfyui import find
+    from kleinctl.fixes import git
+
+    moved: list[Path] = []
+    busy = {each.path for each in find.running()}
+    for old in programs():
+        if old != keep and old not in busy:
+            for name in own_files(old):
+                to_data = keep is None or name.split("/")[0] in DATA
+                target = (record.data_folder() if to_data else keep or old) / name
+                if not os.path.lexists(target):
+                    store.make_folder(target.parent)
+                    with store.writing(target):
+                        (old / name).rename(target)
+                    moved.append(target)
+            if not own_files(old) and not git.changes(old):
+                discard(old)
+    return moved
+
+
+def own_files(program: Path) -> list[str]:
+    """Files in a program that git did not bring: what the user, or ComfyUI for the user, put there."""
+    from kleinctl.fixes import git
+
+    listed = git.run(program, "ls-files", "-z", "--others", seconds=git.FETCH).split("\0")
+    return [name for name in listed if name and not BYTE_CODE.search(name)]
+
+
+def discard(folder: Path) -> None:
+    """Take a folder away at once, and then delete it, however long that takes."""
+    if folder.exists():
+        hidden = folder.with_name(f".new-{os.getpid()}-{folder.name}")
+        with store.writing(folder):
+            folder.rename(hidden)
+        remove(hidden)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder; git's own files are read-only, which Windows minds."""
+    if os.name == "nt":
+        for path in folder.rglob("*"):
+            with contextlib.suppress(OSError):
+                path.chmod(stat.S_IWRITE)
+    shutil.rmtree(folder, ignore_errors=True)
