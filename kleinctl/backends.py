@@ -23,6 +23,7 @@ class Job:
 
     Sizes are in pixels and multiples of 16. `images` are reference pictures for an edit, in their order. `precision` is
     how weights are held where that is not as the manifest says, such as `fp8`; the picture is then a little another.
+    `workflow` is a user's own, for a backend that runs such: prompt, seed and size are put into it.
     """
 
     prompt: str
@@ -33,6 +34,7 @@ class Job:
     guidance: float
     images: tuple[Path, ...] = ()
     precision: str = ""
+    workflow: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,10 @@ class Backend(Protocol):
     """One way to run a model. `kleinctl_backends` returns instances of such a class.
 
     It may have `prefetch(model, budget, job)`, which the worker calls before torch is imported, with the first job: it
-    can begin to read weights meanwhile. And `precisions`, the values of `Job.precision` that it knows besides "".
+    can begin to read weights meanwhile. `precisions` are the values of `Job.precision` that it knows besides "".
+    `open_device(budget)` gives what the worker measures by (see `kleinctl.worker.device.Device`) where that is not a
+    card that this process uses by torch. `workflow(model, job)` is the job in the form of another program's page, and
+    `check_workflow(path, job)` refuses a user's workflow that it cannot run.
     """
 
     name: str

@@ -277,7 +277,8 @@ def _user_site(version: str, environ: Mapping[str, str]) -> str:
 def missing(environment: Environment, requires: Sequence[str], cuda: bool, hardware: Hardware) -> list[str]:
     """Why `environment` does not do, in sentences: packages, and for `cuda` the card and driver of `hardware`."""
     reasons = [_unmet(requirement, environment.packages) for requirement in requires]
-    if cuda and "torch" in environment.packages and (unfit := unfit_torch(environment, hardware)):
+    torch = (wants_torch(requires) or not requires) and "torch" in environment.packages
+    if cuda and torch and (unfit := unfit_torch(environment, hardware)):
         reasons.append(unfit[1])
     return [reason for reason in reasons if reason]
 
@@ -361,7 +362,7 @@ def broken() -> list[Problem]:
         Problem(
             what=f"the environment {folder.name} is broken",
             why=why,
-            fix=f"kleinctl install{' --backend comfy' if folder.name.startswith('comfyui-') else ''}",
+            fix=install_command(folder.name),
             name="environment-broken",
             path=str(folder),
             evidence=(Evidence(str(folder / RECORD), why.rstrip("."), "every package as it was installed"),),
@@ -372,6 +373,11 @@ def broken() -> list[Problem]:
         for folder, why in found.items()
         if isinstance(why, str)
     ]
+
+
+def install_command(name: str) -> str:
+    """What builds the managed environment of that name."""
+    return "kleinctl install" + (" --backend comfy" if name.startswith("comfyui-") else "")
 
 
 def remove(name: str) -> None:

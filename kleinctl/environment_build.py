@@ -26,6 +26,7 @@ from kleinctl.environment import (
     TorchBuild,
     data,
     inspect,
+    install_command,
     numbers,
     usable,
 )
@@ -234,14 +235,14 @@ class Builder:
     def failure(self, why: str = "", fix: str = "", what: str = "") -> KleinctlError:
         """The problem of a build that failed: the last lines that were printed, and where the others are."""
         said = "\n".join([line for line in self.last if "ERROR" in line][-4:] or list(self.last)[-4:])
-        hint = next(
-            (hint for pattern, hint in _HINTS.items() if re.search(pattern, f"{why}\n{said}")), "kleinctl install"
-        )
+        again = install_command(self.plan.name)
+        hints = (hint for pattern, hint in _HINTS.items() if re.search(pattern, f"{why}\n{said}"))
+        hint = (fix or next(hints, "kleinctl install")).replace("kleinctl install", again)
         return KleinctlError(
             Problem(
                 what=what or f"the environment {self.plan.name} could not be built",
                 why=f"{why or said}\nAll of it: {self.log}",
-                fix=fix or hint,
+                fix=hint,
                 name="install-failed",
                 path=str(self.log),
             )

@@ -398,6 +398,7 @@ _STAGES = {
     "start": "starting",
     "load": "loading the model",
     "prepare": "preparing the pictures",
+    "queue": "waiting in ComfyUI's queue",
     "generate": "making the picture",
     "encode": "reading the prompt",
     "denoise": "drawing the picture",

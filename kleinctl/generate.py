@@ -411,7 +411,8 @@ class Painter:
 
 
 def _absolute(job: Job) -> Job:
-    return replace(job, images=tuple(path.absolute() for path in job.images))
+    workflow = job.workflow and job.workflow.absolute()
+    return replace(job, images=tuple(path.absolute() for path in job.images), workflow=workflow)
 
 
 # Where pictures go.

@@ -36,8 +36,8 @@ class Candidate:
 
     @property
     def why_not(self) -> str | None:
-        """What is in the way, in one sentence."""
-        if self.problem is not None:
+        """What is in the way, in one sentence: what the machine lacks rather than what could be installed."""
+        if self.problem is not None and self.fit.why_not is None:
             return f"{self.problem.what}: {self.problem.why}"
         return self.fit.why_not
 

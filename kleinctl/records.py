@@ -29,7 +29,7 @@ def begin(job: Job, model: Model, backend: str, parts: Mapping[str, str]) -> dic
     Raises:
         OSError: a reference picture cannot be read.
     """
-    if job.images:
+    if job.images or job.workflow:
         from kleinctl.verify import hash_file  # takes a hundredth of a second, like most that is imported late here
 
     return {
@@ -40,13 +40,18 @@ def begin(job: Job, model: Model, backend: str, parts: Mapping[str, str]) -> dic
         "height": job.height,
         "steps": job.steps,
         "guidance": job.guidance,
-        "images": [{"name": path.name, "sha256": hash_file(path)} for path in job.images],
+        "images": [_named(path, hash_file(path)) for path in job.images],
         "model": model.name,
         "variant": model.variant,
         "parts": dict(parts),
         "backend": backend,
         **({"precision": job.precision} if job.precision else {}),
+        **({"workflow": _named(job.workflow, hash_file(job.workflow))} if job.workflow else {}),
     }
+
+
+def _named(path: Path, digest: str) -> dict[str, str]:
+    return {"name": path.name, "sha256": digest}
 
 
 def is_picture_of(png: Path, begun: Mapping[str, Any]) -> bool:

@@ -26,6 +26,17 @@ OUTSIDE = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`pytest -m comfyui --comfyui=DIR` runs against a real ComfyUI, by default with the Python of this one."""
+    parser.addoption("--comfyui", metavar="DIR", help="a ComfyUI checkout to test with")
+    parser.addoption("--comfyui-python", metavar="PYTHON", default=sys.executable, help="what runs it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the marker of the tests that want one."""
+    config.addinivalue_line("markers", "comfyui: needs a ComfyUI checkout; run with -m comfyui --comfyui=DIR")
+
+
 @pytest.fixture(autouse=True)
 def empty_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home folder of its own for each test, with `KLEINCTL_HOME` in it."""

@@ -111,7 +111,9 @@ def test_plan_answers_for_a_machine_that_is_not_here(kleinctl):
     assert document["hardware"]["gpus"][0]["arch"] == "sm_89"
     assert document["choice"]["model"] == "klein-4b"
     rows = {(row["backend"], row["width"]): row for row in document["rows"] if row["model"] == "klein-4b"}
-    assert set(rows) == {(b, side) for b in ("diffusers-offload", "staged-decode") for side in (512, 1024, 1536, 2048)}
+    backends = ("comfyui-fp8", "diffusers-offload", "staged-decode")
+    assert set(rows) == {(backend, side) for backend in backends for side in (512, 1024, 1536, 2048)}
+    assert "ComfyUI is not installed" in rows["comfyui-fp8", 1024]["why_not"]
     text = kleinctl("plan", "--gpu", "RTX 4070 Ti SUPER", "--ram", "32").stdout
     assert "RTX 4070 Ti SUPER" in text
     assert "1024x1024" in text

@@ -82,7 +82,7 @@ def test_a_card_that_is_too_small_is_told_the_figures(plugins, klein):
     hardware = imagine("RTX 3050 8GB", 32 * GIB)
     found = compare(plugins.backends.values(), klein, hardware, default_job(klein, width=4096, height=4096))
     assert choose(found) is None
-    assert all("GiB of VRAM;" in each.why_not for each in found)
+    assert all("GiB of VRAM;" in each.why_not for each in found if each.backend != "comfyui-fp8")
 
 
 def test_no_card_means_the_small_model_only(plugins, klein):
@@ -127,7 +127,8 @@ def test_a_driver_too_old_for_any_torch_is_told_before_anything_is_fetched(plugi
     old = replace(hardware, gpus=(replace(hardware.gpus[0], driver="450.80"),))
     found = compare(plugins.backends.values(), klein, old, default_job(klein))
     assert choose(found) is None
-    assert all(each.problem.name == "no-torch-build" and "450.80" in each.why_not for each in found)
+    ours = [each for each in found if each.backend != "comfyui-fp8"]  # that one is not installed to begin with
+    assert ours and all(each.problem.name == "no-torch-build" and "450.80" in each.why_not for each in ours)
 
 
 def test_a_full_card_leaves_the_small_model_to_the_processor(plugins):

@@ -93,6 +93,6 @@ def test_an_installation_finds_backends_and_models(how, built, source, tmp_path)
     assert told.returncode == 0, told.stderr
     place, backends, models, problems = told.stdout.splitlines()
     assert place.startswith(str(folder if how == "wheel" else source))
-    assert backends == "['diffusers-offload', 'staged-decode']"
+    assert backends == "['comfyui-fp8', 'diffusers-offload', 'staged-decode']"
     assert "'klein-4b'" in models and "'klein-tiny'" in models
     assert problems == "[]"

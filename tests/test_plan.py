@@ -32,9 +32,10 @@ def test_verbose_draws_the_stages_of_every_backend(kleinctl):
 
 def test_a_bar_shows_what_the_stage_is_made_of_and_where_the_budget_ends(monkeypatch):
     monkeypatch.setattr(output, "can_show", lambda characters: False)
+    monkeypatch.setattr(memory, "CONTEXT_BYTES", 3 * GIB // 4)
     stage = Stage("decode", 6 * GIB + memory.CONTEXT_BYTES, 4 * GIB, 0.5)
     line = stage_line(stage, 8 * GIB, 8 * GIB)
     assert line.startswith("decode   " + "#" * 19 + "+" * 9)
-    assert line[9 + BAR] == "|" and ":" in line and line.endswith("6.7 GiB    0.50 s")
+    assert line[9 + BAR] == "|" and ":" in line and line.endswith("6.8 GiB    0.50 s")
     over = stage_line(stage, 4 * GIB, stage.vram_bytes)
     assert over.endswith("too much") and len(over) <= 80

@@ -128,9 +128,9 @@ def test_a_disabled_plugin_stays_disabled_until_it_is_enabled(site, kleinctl):
 
 def test_disabling_for_one_command_changes_nothing_for_the_next(kleinctl):
     first = json.loads(kleinctl("--disable", "staged-decode", "plan", "--gpu", "RTX 4090", "--json").stdout)
-    assert {row["backend"] for row in first["rows"]} == {"diffusers-offload"}
+    assert {row["backend"] for row in first["rows"]} == {"comfyui-fp8", "diffusers-offload"}
     second = json.loads(kleinctl("plan", "--gpu", "RTX 4090", "--json").stdout)
-    assert {row["backend"] for row in second["rows"]} == {"diffusers-offload", "staged-decode"}
+    assert {row["backend"] for row in second["rows"]} == {"comfyui-fp8", "diffusers-offload", "staged-decode"}
 
 
 def test_disabling_a_plugin_that_is_not_there_names_the_nearest(kleinctl):

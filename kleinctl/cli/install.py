@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +87,7 @@ def command(
         steps.show_environment(way, where, hardware)
     if dry_run:
         if as_json:
-            output.print_json(plan.to_json())
+            output.print_json(_document(plan, comfy))
         problems = [*(comfy.problems if comfy else ()), *plan.problems]
         output.show_problems(problems)
         return PROBLEMS if problems else OK
@@ -102,7 +102,7 @@ def command(
     if builds:
         steps.get_environment(way, where, hardware)
     if as_json:
-        output.print_json(road.files(way, precision=precision, allow_unverified=allow_unverified).to_json())
+        output.print_json(_document(road.files(way, precision=precision, allow_unverified=allow_unverified), comfy))
     else:
         output.answer(f"{way.model.name} is installed for {way.backend.name}")
     return OK
@@ -148,6 +148,15 @@ class Asked:
             raise _misuse("--adopt and --comfyui exclude each other", "One finds a ComfyUI, the other names it.")
         if self.python and not self.adopts:
             raise _misuse("--comfyui-python wants --comfyui", "It is the Python of the ComfyUI that is named so.")
+
+
+def _document(files: InstallPlan, comfy: Comfy | None) -> dict[str, Any]:
+    """The plan, or the outcome, as a document."""
+    document = files.to_json()
+    if comfy is not None:
+        document["comfyui"] = comfy.to_json()
+        document["problems"] = [*(problem.to_json() for problem in comfy.problems), *document["problems"]]
+    return document
 
 
 def _backend(plugins: Plugins) -> str | None:
@@ -199,6 +208,34 @@ class Comfy:
         """What stands in the way."""
         return self.plan.problems if self.plan else ()
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What people should know about it."""
+        from kleinctl.comfyui import install
+        from kleinctl.environment import inspect
+
+        if self.adoption is None:
+            return self.plan.remarks if self.plan else ()
+        cuda = inspect(self.adoption.checkout.python).torch_cuda
+        return (*self.adoption.remarks, *install.kernel_remarks(self.hardware, cuda, self.precision))
+
+    def to_json(self) -> dict[str, Any]:
+        """What is to be done; `action` is "present" where nothing is, and of one to be installed no place is known."""
+        adopted = self.adoption.checkout if self.adoption else None
+        there = adopted or (self.used if self.plan is None or self.plan.complete else None)
+        action = "present" if there and there == self.used else "adopt" if there else "install"
+        return {
+            "action": action,
+            "owned": there is None or there.owned,
+            "path": str(there.path) if there else None,
+            "python": str(there.python) if there else None,
+            "version": there.version if there else None,
+            "ref": self.plan.wanted.ref if self.plan else None,
+            "commit": there.commit if there else self.plan.wanted.commit if self.plan else None,
+            "fetch_bytes": self.fetch_bytes,
+            "remarks": list(self.remarks),
+        }
+
     def show(self, files: InstallPlan, plugins: Plugins) -> None:
         """Say what will be done."""
         from kleinctl.comfyui import install
@@ -226,24 +263,23 @@ class Comfy:
             for step in self.plan.steps:
                 output.remark(f"  {step}")
             output.remark(f"  about {bytes_text(self.plan.fetch_bytes)} to fetch")
-        for remark in self.plan.remarks:
+        for remark in self.remarks:
             output.remark(f"  note: {remark}")
 
     def _show_adoption(self, adoption: Adoption, plugins: Plugins) -> None:
-        from kleinctl.comfyui import install, record
-        from kleinctl.environment import inspect
+        from kleinctl.comfyui import record
 
         found = adoption.checkout
         output.heading(f"ComfyUI {found.version} in {found.path}, with {found.python}")
-        cuda = inspect(found.python).torch_cuda
-        for remark in (*adoption.remarks, *install.kernel_remarks(self.hardware, cuda, self.precision)):
+        for remark in self.remarks:
             output.remark(f"  note: {remark}")
         output.show_problems(_what_would_fail(self.folder or found.path, plugins, self.hardware))
         output.remark(f"  nothing in it is changed; that it is used is written to {record.record_file()}")
         output.remark(f"  models stay in kleinctl's own folder, which it is told of by {record.list_file()}")
 
     def carry_out(self) -> None:
-        """Adopt or install it."""
+        """Adopt or install it; `used` and `plan` are then as it is."""
+        from kleinctl import comfyui
         from kleinctl.comfyui import install
 
         if self.adoption is not None:
@@ -252,6 +288,9 @@ class Comfy:
                 install.use(self.adoption)
         elif self.plan is not None:  # complete or not: what an interrupted one left is taken away
             _build(self.plan, self.hardware, self.requires)
+        self.used = comfyui.known()
+        if self.plan and self.used:
+            self.plan = replace(self.plan, program=self.used.path, ready=True, former=self.used)
 
     def tell_of_files(self) -> None:
         """Put the model that has come among those that ComfyUI is told of."""

@@ -43,6 +43,13 @@ if TYPE_CHECKING:
     "--from", "origin", type=click.Path(path_type=Path), metavar="PNG", help="Repeat the picture in this file."
 )
 @click.option("--batch", metavar="FILE", help="Make the picture of each line of this file; - reads stdin.")
+@click.option("--workflow", type=options.FILE, metavar="FILE", help="Run this workflow of ComfyUI's (API format).")
+@click.option(
+    "--write-workflow",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the job as a workflow for ComfyUI's own page, and make no picture.",
+)
 @options.together(options.precision, options.vram_limit, options.ram_limit)
 @click.option("--executor", metavar="NAME", help="Where the worker runs: `process`, or a plugin's executor.")
 @click.option("--no-server", is_flag=True, help="Load the model anew, though `kleinctl serve` has one loaded.")
@@ -60,6 +67,8 @@ def command(
     images: tuple[Path, ...],
     origin: Path | None,
     batch: str | None,
+    workflow: Path | None,
+    write_workflow: Path | None,
     precision: str | None,
     vram_limit: str | None,
     ram_limit: str | None,
@@ -76,21 +85,28 @@ def command(
     "image" (a path or several, from FILE's folder); options go for lines that do not say. A line without a seed gets
     --seed (0 without it) plus the line's number. -o names the folder (klein- and FILE's name without it). The same
     command once more makes only those pictures that are not there yet.
+
+    With --workflow the prompt, the seed and the size are put into a workflow of your own; its steps and guidance stay.
     """
     from kleinctl.cli.serve import server_for
     from kleinctl.cli.steps import nearest_size
 
     asked: dict[str, Any] = {"prompt": prompt, "steps": steps, "guidance": guidance, "seed": seed}
-    asked |= {"images": images or None, "precision": precision}
+    asked |= {"images": images or None, "precision": precision, "workflow": workflow}
     asked["width"], asked["height"], typed = nearest_size(size) if size else (None, None, None)
     changes = {name: value for name, value in asked.items() if value is not None}
     if batch is not None:
-        only_batch(prompt, origin, count)
+        only_batch(prompt, origin, count, workflow or write_workflow)
     elif origin is not None:
         changes, model, backend = from_record(origin, changes, model, backend)
     elif prompt is None:
         raise click.UsageError("A prompt is wanted, or --from and a picture.", click.get_current_context())
     wanted = Wanted(model, backend, changes, typed, out, executor, (vram_limit, ram_limit))
+    if write_workflow is not None:
+        return write_down(wanted, write_workflow)
+    if workflow is not None:
+        wanted = with_workflow(wanted, workflow)
+    no_server = no_server or workflow is not None
     with server_for(model, backend, vram_limit, ram_limit, executor, precision, ignored=no_server) as server:
         if batch is not None:
             return run_batch(wanted, batch, server, as_json=as_json)
@@ -126,9 +142,10 @@ class Wanted:
         return options.limited(options.this_machine(), *self.limits)
 
 
-def only_batch(prompt: str | None, origin: Path | None, count: int) -> None:
-    """Whether nothing was typed that a batch has in its lines."""
+def only_batch(prompt: str | None, origin: Path | None, count: int, workflow: Path | None) -> None:
+    """Whether nothing was typed that a batch has in its lines, or that goes for one job alone."""
     other = "PROMPT" if prompt is not None else "--from" if origin is not None else "--count" if count > 1 else None
+    other = other or ("workflows" if workflow is not None else None)
     if other is not None:
         raise click.UsageError(f"--batch has its jobs in FILE: leave {other} out.", click.get_current_context())
 
@@ -138,10 +155,35 @@ def from_record(
 ) -> tuple[dict[str, Any], str, str]:
     """The job, model and backend of the picture `origin`, but for what was asked differently."""
     from kleinctl import records
+    from kleinctl.workflows import in_record
 
     record = records.read_record(origin)
+    in_record(record, changes.get("workflow"))
     old = records.job_from_record(record, changes.get("images", ()))
     return {**vars(old), **changes}, model or record["model"], backend or record["backend"]
+
+
+def with_workflow(wanted: Wanted, path: Path) -> Wanted:
+    """The same with a backend that runs the workflow, which has been looked at."""
+    from kleinctl.workflows import runner
+
+    backend = runner(wanted.plugins, wanted.backend)
+    model = wanted.plugins.models_for(wanted.model)[0]
+    backend.check_workflow(path, jobs_of(model, {"seed": 0, **wanted.changes}, 1)[0])
+    return replace(wanted, backend=backend.name)
+
+
+def write_down(wanted: Wanted, path: Path) -> int:
+    """The job of one prompt as a workflow; its path is the answer."""
+    from kleinctl import road
+    from kleinctl.workflows import write
+
+    road.check_prompt(wanted.changes["prompt"])
+    model = wanted.plugins.models_for(wanted.model)[0]
+    seed = int.from_bytes(os.urandom(4), "little")
+    write(wanted.plugins, wanted.backend, model, jobs_of(model, {"seed": seed, **wanted.changes}, 1)[0], path)
+    output.answer(str(path))
+    return OK
 
 
 # Jobs of one prompt

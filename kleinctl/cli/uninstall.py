@@ -30,6 +30,7 @@ def command(
     pictures, settings and custom nodes of the ComfyUI that kleinctl installed.
     """
     from kleinctl import environment, install
+    from kleinctl.comfyui import checkout
     from kleinctl.comfyui import install as comfy
     from kleinctl.comfyui.record import known
     from kleinctl.home import home
@@ -46,12 +47,16 @@ def command(
             Problem("nobody is there to be asked", "Taking files away wants a yes.", "add --yes", name="usage")
         )
     if not yes:
-        also = {"environments": environments or everything, _told(known()): comfyui or everything}
+        has_comfyui = known() is not None or bool(checkout.programs())
+        also = {
+            "environments": environments or everything,
+            _told(known()): comfyui or (everything and has_comfyui),
+        }
         what = ", ".join([*(model.name for model in chosen), *(name for name, goes in also.items() if goes)])
         click.confirm(f"Take away {what}?", default=False, abort=True, err=True)
-    removed = [install.uninstall(model) for model in chosen]
     used = known()
-    gone_comfyui = comfy.uninstall() if comfyui or everything else None
+    gone_comfyui = comfy.uninstall() if comfyui or everything else None  # first: one that runs may keep it from going
+    removed = [install.uninstall(model) for model in chosen]
     gone = environment.names() if environments or everything else []
     for name in gone:
         environment.remove(name)
@@ -72,6 +77,7 @@ def command(
         document["freed_bytes"] += gone_comfyui.freed_bytes
         document["left"] += map(str, gone_comfyui.left)
         document["environments"] = [*gone_comfyui.environments, *gone]
+        document["comfyui"] = {"path": str(used.path), "owned": used.owned} if used else None
     if as_json:
         output.print_json(document)
     else:
@@ -87,6 +93,9 @@ def command(
 
 def _told(used: Checkout | None) -> str:
     """What becomes of ComfyUI, in words."""
+    from kleinctl.comfyui import checkout
+
     if used is None or used.owned:
         return "ComfyUI and its environment"
-    return f"the record of {used.path} (it stays as it is)"
+    own = ", ComfyUI and environment of kleinctl's own" if checkout.programs() else ""
+    return f"the record of {used.path} (it stays as it is){own}"

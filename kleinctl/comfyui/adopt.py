@@ -100,12 +100,14 @@ def examine(given: Path, python: Path | None = None) -> Adoption:
         Misuse: it is kleinctl's own.
     """
     given = Path(os.path.abspath(given.expanduser()))  # noqa: PTH100 (links keep the name people know)
-    if given.is_relative_to(record.folder()):
+    if find._ours(given):
         why = "It is in use without being named; --comfyui is for yours."
         raise Misuse(Problem(f"{given} is kleinctl's own", why, "kleinctl install --backend comfy", name="usage"))
     folder, base = _parts(given)
     found = program(folder)
     root = Path(found.path)
+    if not str(root).isprintable():  # no document of ours could carry it
+        raise not_comfyui(given, "the folder's name has characters that cannot be shown, and has to be changed first")
     named = found.argument("--base-directory")
     base = base or (Path(os.path.normpath(_start(found) / named)) if named else None)
     interpreter = Path(os.path.abspath(python or _python(found, base)))  # noqa: PTH100 (in an environment it is a link)
@@ -192,7 +194,9 @@ def _environment(root: Path, python: Path) -> Environment:
         said = done.stderr.decode("utf-8", "replace").strip()[-300:]
         if done.returncode == 0 and len(json.loads(done.stdout)) == 3:
             return inspect(python, root.name)
-    except (OSError, ValueError, TypeError, subprocess.SubprocessError) as error:
+    except subprocess.TimeoutExpired:
+        said = f"nothing in {PYTHON_SECONDS} s"
+    except (OSError, ValueError, TypeError) as error:
         said = str(error)[:300]
     raise KleinctlError(
         Problem(
@@ -235,8 +239,12 @@ def _remarks(found: ComfyUI, environment: Environment) -> Iterator[str]:
 
     root, changed, address = Path(found.path), list[str](), ""
     try:
-        if found.git and not git.risky(root):  # of settings that name programs, git would run these
-            changed, address = git.changes(root), git.run(root, "remote", "get-url", "origin")
+        risky = git.risky(root) if found.git else []  # settings that name programs, which git would run
+        if risky:
+            yield f"its git state is not known: with {', '.join(risky[:3])} set in it, git may run a program"
+        elif found.git:
+            changed = git.changes(root)
+            address = git.run(root, "config", "--default", "", "--get", "remote.origin.url")
     except KleinctlError as error:
         yield f"its git state is not known: {error.problem.why}"
     if changed:

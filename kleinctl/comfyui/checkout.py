@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
 import stat
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,13 @@ class Wanted:
     commit: str
     pinned: bool
 
+    @property
+    def shown(self) -> str:
+        """The address as people and logs may see it."""
+        from kleinctl.fixes import git
+
+        return git.without_user(self.address)
+
 
 def wanted(ref: str | None = None, address: str | None = None) -> Wanted:
     """Which commit is meant: of a release that is known, or what the repository calls `ref`.
@@ -73,15 +81,17 @@ def _asked(address: str, ref: str, of: str = "commit") -> str:
     from kleinctl.fixes import git
 
     _reachable(address)
-    lines = git.run(None, "ls-remote", "--tags", "--heads", "--", address, seconds=git.ASK).splitlines()
+    with _asking(address):
+        lines = git.run(None, "ls-remote", "--tags", "--heads", "--", address, seconds=git.ASK).splitlines()
     there = {name: commit for commit, _, name in (line.partition("\t") for line in lines)}
     for name in (f"refs/tags/{ref}^{{}}", f"refs/tags/{ref}", f"refs/heads/{ref}", ref):
         if name in there:
             return there[name] if of == "commit" else name.removesuffix("^{}")
     names = [re.sub(r"^refs/\w+/", "", name) for name in there if not name.endswith("^{}")]
+    few = f": {', '.join(names)}" if 0 < len(names) <= 5 else ""
     raise _problem(
         f"there is no {ref[:60]!r} in {git.without_user(address)}",
-        f"Wanted is a tag, a branch or a whole commit; it has {len(names)} of these.{did_you_mean(ref, names)}",
+        f"Wanted is a tag, a branch or a whole commit; it has {len(names)} of these{few}.{did_you_mean(ref, names)}",
         f"kleinctl install --backend comfy --comfyui-ref {releases()['release']}",
         "comfyui-ref-unknown",
     )
@@ -156,6 +166,11 @@ def bring(asked: Wanted, say: Say = lambda text: None) -> Path:
                 target.rename(target.with_name(f"{target.name}-until-{os.getpid()}"))
             beside.rename(target)
         store.sync_folder(target.parent)
+    except KleinctlError as error:
+        if "No space left" not in error.problem.why:  # as git puts it
+            raise
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise KleinctlError(store.disk_problem(full, record.folder() / "ComfyUI")) from None
     finally:
         remove(beside)
     return target
@@ -165,7 +180,7 @@ def _check_out(asked: Wanted, beside: Path, say: Say) -> None:
     from kleinctl.fixes import git
 
     _reachable(asked.address)
-    say(f"fetching {asked.ref} of {git.without_user(asked.address)}")
+    say(f"fetching {asked.ref} of {asked.shown}")
     git.run(None, "init", "--quiet", "--", str(beside))
     try:
         _fetch(beside, asked.address, asked.commit)
@@ -176,20 +191,37 @@ def _check_out(asked: Wanted, beside: Path, say: Say) -> None:
     found = git.run(beside, "rev-parse", "--verify", "FETCH_HEAD^{commit}")
     if found != asked.commit:
         raise _problem(
-            f"{asked.ref} of {git.without_user(asked.address)} is not the release that kleinctl knows",
+            f"{asked.ref} of {asked.shown} is not the release that kleinctl knows",
             f"Wanted is commit {asked.commit}; {asked.ref} there is {found}.",
             f"kleinctl install --backend comfy --comfyui-url {releases()['address']}",
             "comfyui-not-the-pin",
         )
     say(f"checking out {found[:8]}")
-    git.run(beside, "remote", "add", "origin", git.without_user(asked.address))
+    git.run(beside, "remote", "add", "origin", asked.shown)
     git.run(beside, "-c", "advice.detachedHead=false", "checkout", "--quiet", "--detach", found, seconds=git.FETCH)
 
 
 def _fetch(folder: Path, address: str, ref: str) -> None:
     from kleinctl.fixes import git
 
-    git.run(folder, "fetch", "--quiet", "--no-tags", "--depth", "1", "--", address, ref, seconds=git.FETCH)
+    with _asking(address):
+        git.run(folder, "fetch", "--quiet", "--no-tags", "--depth", "1", "--", address, ref, seconds=git.FETCH)
+
+
+@contextlib.contextmanager
+def _asking(address: str) -> Iterator[None]:
+    """What git says of a repository, as a problem of that one: the folder that it was to come to is gone by then."""
+    from kleinctl.fixes import git
+
+    try:
+        yield
+    except KleinctlError as error:
+        if shutil.which("git") is None:
+            raise
+        shown = git.without_user(address)
+        fix = f'git ls-remote "{shown}"   # shows whether it answers; --comfyui-url names another'
+        problem = replace(error.problem, what=f"ComfyUI cannot be had from {shown}", fix=fix, path=None)
+        raise KleinctlError(problem) from None
 
 
 # Taking it away
@@ -198,7 +230,7 @@ def _fetch(folder: Path, address: str, ref: str) -> None:
 def tidy(keep: Path | None) -> list[Path]:
     """Take away every program but `keep`; what the user put into them moves to its place. Returns what moved.
 
-    Without `keep` all of it goes to the data folder. One whose own files were changed stays, and one that runs.
+    Without `keep` all of it goes to the data folder. What runs stays, and what was changed or is no checkout any more.
 
     Raises:
         KleinctlError: the disk does not take it.
@@ -209,7 +241,7 @@ def tidy(keep: Path | None) -> list[Path]:
     moved: list[Path] = []
     busy = {each.path for each in find.running()}
     for old in programs():
-        if old != keep and old not in busy:
+        if old != keep and old not in busy and git.head(old):  # where git is broken, none can tell what is whose
             for name in own_files(old):
                 to_data = keep is None or name.split("/")[0] in DATA
                 target = (record.data_folder() if to_data else keep or old) / name

@@ -7,6 +7,7 @@ goes on.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class ComfyPlan:
         """What would be done, in order."""
         told = []
         if self.program is None:
-            told.append(f"bring ComfyUI {self.wanted.ref} (commit {self.wanted.commit[:8]}) from {self.wanted.address}")
+            told.append(f"bring ComfyUI {self.wanted.ref} (commit {self.wanted.commit[:8]}) from {self.wanted.shown}")
         if not self.ready:
             told.append(f"make a Python environment for it with torch {_torch(self.environment)}")
         if self.former is not None and self.former.path != self.program:
@@ -303,6 +304,8 @@ def _size(folder: Path) -> int:
 
 
 def _remove_empty(folder: Path) -> None:
+    """Remove empty folders, but for git's own: without those a checkout that stays, or a custom node, is broken."""
     for parent, _, _ in os.walk(folder, topdown=False):
-        if not os.listdir(parent):  # noqa: PTH208 (of a name that walk gives)
-            Path(parent).rmdir()
+        if ".git" not in Path(parent).relative_to(folder).parts:
+            with contextlib.suppress(OSError):
+                Path(parent).rmdir()

@@ -45,6 +45,8 @@ def requirements(program: Path) -> Iterator[tuple[str, bool]]:
     from packaging.requirements import InvalidRequirement, Requirement
 
     file, needed = program / "requirements.txt", True
+    if file.exists() and not file.is_file():  # a pipe would be waited for
+        raise _unreadable(file, "it is no file")
     try:
         with file.open("rb") as opened:
             lines = opened.read(MAX_BYTES).decode("utf-8-sig").splitlines()

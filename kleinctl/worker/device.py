@@ -40,6 +40,10 @@ class Device:
         """Most bytes of VRAM that this process has held, and how that is known."""
         return 0, "none"
 
+    def peak_rss(self) -> int:
+        """Most bytes of RAM that what computes has held."""
+        return peak_rss_bytes()
+
 
 class Cuda(Device):
     """An NVIDIA card, with this process held to its budget.

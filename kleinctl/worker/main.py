@@ -28,7 +28,7 @@ from kleinctl.pngtext import plain_text, utf8_text, with_chunks
 from kleinctl.problem import KleinctlError, Problem
 from kleinctl.records import numbered
 from kleinctl.worker import die_with_parent, protocol
-from kleinctl.worker.device import Device, open_device, peak_rss_bytes, rss_bytes
+from kleinctl.worker.device import Device, open_device, rss_bytes
 from kleinctl.worker.looks import pixels_of, prompt_cut
 from kleinctl.worker.protocol import (
     Calibrate,
@@ -189,14 +189,14 @@ class Worker:
         model = InstalledModel(request.model, request.folder, request.parts, request.cache)
         if request.job is not None and hasattr(backend, "prefetch"):
             backend.prefetch(model, request.budget, request.job)
-        self._device = open_device(request.budget)
+        self._device = getattr(backend, "open_device", open_device)(request.budget)
         session = backend.load(model, self._device.budget)
         self._session = session
         self._loaded = Loaded(
             strategy=session.strategy,
             dtype=getattr(session, "dtype", request.model.dtype),
             device=self._device.name,
-            versions=versions(),
+            versions={**versions(), **getattr(session, "versions", {})},
             seconds=self._watch.stop(),
             warnings=self._new_warnings(),
             stages=self._watch.uses,
@@ -245,7 +245,7 @@ class Worker:
             seconds=self._watch.stop(),
             peak_vram_bytes=peak,
             peak_vram_source=source,
-            peak_rss_bytes=peak_rss_bytes(),
+            peak_rss_bytes=self._device.peak_rss(),
             warnings=warnings,
             stages=self._watch.uses,
             rss_bytes=rss_bytes(),

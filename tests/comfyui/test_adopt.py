@@ -72,13 +72,45 @@ def test_a_comfyui_that_was_changed_and_is_a_fork_is_used_and_told_of(theirs):
     assert "it is a fork: https://github.com/me/ComfyUI" in remarks
 
 
+def test_a_comfyui_that_was_changed_and_has_no_origin(theirs):
+    (theirs / "main.py").write_text("# mine\n")
+    fake.git(theirs, "remote", "remove", "origin")
+    remarks = adopt.examine(theirs).remarks
+    assert "1 of its files were changed, such as main.py; they stay as they are" in remarks
+    assert not [each for each in remarks if "git state" in each]
+
+
+def test_a_folder_whose_name_no_record_can_carry(theirs):
+    odd = theirs.rename(theirs.with_name("Comfy\nUI"))
+    problem = problem_of(lambda: adopt.examine(odd))
+    assert problem.name == "not-comfyui" and "cannot be shown" in problem.why
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(theirs):
+    (theirs / "requirements.txt").unlink()
+    os.mkfifo(theirs / "requirements.txt")
+    assert problem_of(lambda: adopt.examine(theirs)).name == "comfyui-incomplete"
+
+
+def test_a_python_that_hangs(theirs, monkeypatch):
+    monkeypatch.setattr(adopt, "PYTHON_SECONDS", 0.2)
+    python = theirs / "venv" / PYTHON
+    python.unlink()
+    python.write_text("#!/bin/sh\nexec sleep 5\n")
+    python.chmod(0o755)
+    problem = problem_of(lambda: adopt.examine(theirs))
+    assert problem.name == "comfyui-python-broken" and problem.why.endswith("it says: nothing in 0.2 s")
+
+
 def test_git_settings_that_name_a_program_are_not_followed(theirs, tmp_path):
     """`git status` runs filters: whoever sends a folder could have a program run by adopting it."""
     fake.git(theirs, "config", "filter.evil.clean", f"touch {tmp_path}/ran; cat")
     (theirs / ".gitattributes").write_text("* filter=evil\n")
     (theirs / "main.py").write_text("# mine\n")
-    adopt.examine(theirs)
+    remarks = adopt.examine(theirs).remarks
     assert not (tmp_path / "ran").exists()
+    assert "its git state is not known: with filter.evil.clean set in it, git may run a program" in remarks
 
 
 def test_the_portable_with_its_start_script(tmp_path):
@@ -295,6 +327,8 @@ def test_one_that_runs_is_not_taken_away(repository, no_pip, monkeypatch):
     plan = install.plan(machine(), False)
     used = install.carry_out(plan, machine(), False, print, print)
     assert problem_of(lambda: adopt.examine(used.path)).name == "usage"  # it is kleinctl's own, and stays so
+    (used.path.parent.parent / "link").symlink_to(used.path)
+    assert problem_of(lambda: adopt.examine(used.path.parent.parent / "link")).name == "usage"
     monkeypatch.setattr(find, "running", lambda: [find.Running(used.path, used.python, 8190)])
     problem = problem_of(install.uninstall)
     assert problem.name == "comfyui-running" and "port 8190" in problem.why

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from click.testing import CliRunner
 
 from kleinctl import Fit, comfyui, environment, store
 from kleinctl.cli import install as install_command
 from kleinctl.cli import uninstall as uninstall_command
-from kleinctl.comfyui import record
+from kleinctl.comfyui import find, record
 from kleinctl.home import manifests_folder
 from kleinctl.manifest import Shape
 from kleinctl.plugins import Offer, Plugins
@@ -23,6 +25,7 @@ from kleinctl.problem import KleinctlError
 from tests.comfyui import fake
 from tests.comfyui.test_adopt import PACKAGES, state
 from tests.hub import Hub
+from tests.test_cli import SCHEMAS
 from tests.test_environment import machine
 
 REPO = "someone/klein-small"
@@ -246,3 +249,54 @@ def test_all_of_it_goes_away_again():
     picture.unlink()
     assert uninstall("--all", "--yes")[0] == 0
     assert not record.folder().exists() and there() == set()
+
+
+def test_the_json_documents_tell_of_comfyui_and_match_their_schemas():
+    def document(name: str, call: Any, *words: str) -> Any:
+        _, said = call(*words, "--json")
+        found = json.JSONDecoder().raw_decode(said[said.index("{\n") :])[0]
+        jsonschema.validate(found, json.loads((SCHEMAS / f"{name}.json").read_text()))
+        return found
+
+    planned = document("install", install, "--dry-run", "--comfyui-ref", "v0.28.0")["comfyui"]
+    assert (planned["action"], planned["ref"], planned["path"]) == ("install", "v0.28.0", None)
+    assert planned["fetch_bytes"] > 0 and planned["commit"]
+    done = document("install", install, "--yes", "--comfyui-ref", "v0.28.0")["comfyui"]
+    assert (done["action"], done["owned"], done["path"]) == ("present", True, str(comfyui.known().path))
+    assert (done["commit"], done["fetch_bytes"], done["version"]) == (planned["commit"], 0, "0.28.0")
+    gone = document("uninstall", uninstall, "--comfyui", "--yes")
+    assert gone["comfyui"] == {"path": done["path"], "owned": True} and done["path"] in gone["files"]
+    assert document("uninstall", uninstall, "--comfyui", "--yes")["comfyui"] is None
+
+
+def test_json_of_an_adopted_comfyui(tmp_path):
+    theirs = tmp_path / "ComfyUI"
+    fake.commit(theirs, "0.29.0")
+    fake.environment(theirs / "venv", PACKAGES)
+    for words, action in ((["--dry-run"], "adopt"), ([], "present")):
+        _, said = install("--comfyui", str(theirs), "--yes", "--json", *words)
+        found = json.JSONDecoder().raw_decode(said[said.index("{\n") :])[0]
+        jsonschema.validate(found, json.loads((SCHEMAS / "install.json").read_text()))
+        told = found["comfyui"]
+        assert (told["action"], told["owned"], told["path"]) == (action, False, str(theirs))
+        assert "its torch 2.13.0+cpu has no CUDA, so it runs on the processor" in told["remarks"]
+
+
+def test_json_of_a_disk_without_room_names_the_problem(monkeypatch):
+    monkeypatch.setattr(store, "free_bytes", lambda folder: 5000)
+    _, said = install("--dry-run", "--json")
+    found = json.JSONDecoder().raw_decode(said[said.index("{\n") :])[0]
+    assert len([each for each in found["problems"] if each["name"] == "disk-full"]) == 2  # ComfyUI, and the files
+
+
+def test_a_password_in_the_address_is_shown_nowhere():
+    for words in (["--dry-run"], ["--yes"]):
+        problem, said = install("--comfyui-url", "https://me:secret@127.0.0.1:1/ComfyUI", *words)
+        assert "https://127.0.0.1:1/ComfyUI" in said and "secret" not in f"{said} {problem}"
+
+
+def test_models_stay_where_comfyui_cannot_go_because_it_runs(monkeypatch):
+    install()
+    monkeypatch.setattr(find, "running", lambda: [find.Running(comfyui.known().path, None, 8188)])
+    assert uninstall("--all", "--yes")[0].name == "comfyui-running"
+    assert len(there()) == 3 and comfyui.known() is not None

@@ -15,6 +15,7 @@ import pytest
 from kleinctl import comfyui, environment, facts, store
 from kleinctl.comfyui import adopt, checkout, install, packages, record
 from kleinctl.environment import EnvironmentPlan
+from kleinctl.environment_build import Builder
 from kleinctl.fixes import git
 from kleinctl.home import envs_folder, home
 from kleinctl.problem import KleinctlError
@@ -273,6 +274,7 @@ def test_an_upgrade_that_is_interrupted_at_the_end_is_finished_by_the_next_insta
 def test_a_ref_that_is_not_there_is_met_with_the_nearest(repository):
     problem = problem_of(lambda: install.plan(CPU, False, ref="v0.29.9"))
     assert problem.name == "comfyui-ref-unknown" and problem.why.endswith("Did you mean v0.29.0?")
+    assert "it has 3 of these: " in problem.why and "v0.28.0" in problem.why
 
 
 def test_a_repository_without_the_release_is_told_apart_from_one_that_is_damaged(repository, no_pip, tmp_path):
@@ -448,3 +450,50 @@ def test_environments_for_comfyui_are_tried_after_the_plain_ones(repository, no_
     fake.built(envs_folder() / "cpu-12345678", {"torch": "2.13.0+cpu"})
     os.utime(envs_folder() / "cpu-12345678" / "environment.json", (1, 1))
     assert [each.name.split("-")[0] for each in environment.list_managed()] == ["cpu", "comfyui"]
+
+
+def test_folders_that_git_needs_stay_in_custom_nodes_and_in_what_was_changed(repository, no_pip):
+    have()
+    used = comfyui.known()
+    node = record.data_folder() / "custom_nodes" / "node"
+    fake.commit(node, "1")
+    fake.git(node, "pack-refs", "--all")  # refs/heads is empty then, and git is lost without it
+    (used.path / "main.py").write_text("# mine")
+    install.uninstall()
+    assert fake.git(node, "status", "--porcelain") == ""
+    assert fake.git(used.path, "status", "--porcelain") == "M main.py"
+
+
+def test_a_program_whose_git_is_broken_stays_and_stands_in_nobodys_way(repository, no_pip):
+    have()
+    used = comfyui.known()
+    (used.path / ".git" / "HEAD").write_text("")
+    have("v0.28.0")
+    again = comfyui.known()
+    assert again.version == "0.28.0" and used.path.is_dir()
+    removed = install.uninstall()
+    assert removed.programs == (again.path,) and used.path in removed.left
+
+
+def test_a_repository_that_does_not_answer_is_named_and_no_folder_that_is_gone(repository, no_pip, tmp_path):
+    for ref in ("v0.29.0", "master"):
+        problem = problem_of(lambda ref=ref: have(ref, tmp_path / "nowhere"))
+        assert problem.name == "git-failed" and problem.what == f"ComfyUI cannot be had from {tmp_path / 'nowhere'}"
+        assert problem.fix.startswith(f'git ls-remote "{tmp_path / "nowhere"}"') and problem.path is None
+
+
+def test_a_disk_that_fills_while_git_writes(repository, no_pip, monkeypatch):
+    said = "fatal: unable to write loose object file: No space left on device"
+    monkeypatch.setattr(checkout, "_fetch", lambda *words: (_ for _ in ()).throw(git._failed(None, said)))
+    problem = problem_of(have)
+    assert problem.name == "disk-full" and "make room there" in problem.fix
+    assert not list(record.folder().iterdir())
+
+
+@pytest.mark.parametrize(("said", "fix"), [("connection refused", "check the network, then: "), ("it ended", "")])
+def test_a_build_that_fails_names_the_command_that_builds_this_one(said, fix, repository, monkeypatch):
+    def fails(builder: Builder) -> None:
+        raise builder.failure(said)
+
+    monkeypatch.setattr(Builder, "run", fails)
+    assert problem_of(have).fix == f"{fix}kleinctl install --backend comfy"

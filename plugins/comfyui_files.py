@@ -1,0 +1,131 @@
+"""The files that ComfyUI would load, judged by their headers before a run is spent.
+
+ComfyUI notices a wrong VAE after sampling, a wrong text encoder in the sampler, and fp8 scales without a mark never.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kleinctl import KleinctlError, Model, Problem
+from kleinctl.checks import pairing
+from kleinctl.facts.comfyui import catalogue
+from kleinctl.identify import Identity, TextEncoder, Transformer, Vae, identify
+
+ROLES = {"transformer": "transformer", "text-encoder": "text encoder", "vae": "VAE"}
+#: Size, time of the last change in nanoseconds, and number of a file: another file under a name has others.
+Mark = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Load:
+    """A file that a node of a graph loads: the kind of folder it is listed from, its role, and its name there."""
+
+    kind: str
+    role: str
+    name: str
+
+
+def loads(api: Mapping[str, Mapping[str, Any]]) -> list[Load]:
+    """The weights that a graph loads."""
+    known = {each["node"]: each for each in catalogue()["loader"] if each["role"] in ROLES}
+    found = []
+    for node in api.values():
+        loader = known.get(str(node.get("class_type")))
+        for key in loader["inputs"] if loader else ():
+            name = (node.get("inputs") or {}).get(key)
+            if loader and isinstance(name, str):
+                found.append(Load(loader["kind"], loader["role"], name))
+    return found
+
+
+def marks(paths: Sequence[Path]) -> dict[Path, Mark]:
+    """What tells these files from others under the same names."""
+    facts = {path: path.stat() for path in paths if path.exists()}
+    return {path: (each.st_size, each.st_mtime_ns, each.st_ino) for path, each in facts.items()}
+
+
+def check(found: Mapping[Load, Path], model: Model, *, editing: bool) -> None:
+    """Whether these files make klein's picture; other models' files are not looked at.
+
+    Raises:
+        KleinctlError: one is broken, or belongs to something else.
+    """
+    known = {load: identify(path, [model]) for load, path in found.items()}
+    fix = f"kleinctl install --model {model.name} --backend comfyui-fp8"
+    kleins = [each for load, each in known.items() if load.role == "transformer"]
+    others = [each for each in kleins if each.whole and each.role == "transformer"]
+    if others and not any(each.family.startswith("flux2-klein") for each in others):
+        return
+    for problem in _problems(known, editing):
+        raise KleinctlError(replace(problem, fix=fix, remedy=None))
+
+
+def _problems(known: Mapping[Load, Identity], editing: bool) -> list[Problem]:
+    alone = (_broken, _role, _layout, _scales, _statistics, _decoder if editing else _nothing)
+    found = [problem for load, each in known.items() for judge in alone if (problem := judge(load, each))]
+    facts = [each.facts for each in known.values()]
+    for transformer in (each for each in facts if isinstance(each, Transformer)):
+        pairs = [pairing.text_encoder_width.function(transformer, e) for e in facts if isinstance(e, TextEncoder)]
+        pairs += [pairing.vae_channels.function(transformer, each) for each in facts if isinstance(each, Vae)]
+        found += [problem for problem in pairs if isinstance(problem, Problem)]
+    return found
+
+
+Judge = Callable[[Load, Identity], "Problem | None"]
+
+
+def _nothing(load: Load, found: Identity) -> Problem | None:
+    return None
+
+
+def _broken(load: Load, found: Identity) -> Problem | None:
+    if found.whole:
+        return None
+    name, path = f"weights-{found.kind}", str(found.path)
+    ref = {"truncated": "B02", "lfs-pointer": "B03", "pickle": "B03"}.get(found.kind, "B04")
+    return Problem(f"{load.name} is no whole weights file", f"It is {found.saw}.", "", name=name, path=path, ref=ref)
+
+
+def _role(load: Load, found: Identity) -> Problem | None:
+    if found.role == load.role:
+        return None
+    names = {"transformer": "wrong-transformer", "text-encoder": "wrong-text-encoder", "vae": "wrong-vae"}
+    what = f"{load.name} is not a {ROLES[load.role]} that is known here"
+    why = f"It lies in {load.kind}; its header shows {found.saw.rstrip('.')}."
+    return Problem(what, why, "", name=names[load.role], path=str(found.path), ref="B16")
+
+
+def _layout(load: Load, found: Identity) -> Problem | None:
+    if found.role != "transformer" or found.layout != "diffusers":
+        return None
+    what = f"{load.name} has the layout of diffusers"
+    why = "ComfyUI wants a transformer's weights named as in the original single file."
+    return Problem(what, why, "", name="diffusers-file-in-comfyui", path=str(found.path), ref="B16")
+
+
+def _scales(load: Load, found: Identity) -> Problem | None:
+    if getattr(found.facts, "scales", None) != "unmarked":
+        return None
+    what = f"ComfyUI would ignore the fp8 scales of {load.name}"
+    why = "They have no mark that it looks for: it leaves them out without a word, and paints noise."
+    return Problem(what, why, "", name="fp8-scales-unread", path=str(found.path), ref="C22")
+
+
+def _statistics(load: Load, found: Identity) -> Problem | None:
+    if not isinstance(found.facts, Vae) or found.family != "flux2-vae" or found.facts.statistics:
+        return None
+    what = f"{load.name} lacks the statistics of its latents"
+    why = "Wanted are bn.running_mean and bn.running_var; without them ComfyUI takes it for another kind of VAE."
+    return Problem(what, why, "", name="wrong-vae", path=str(found.path), ref="C09")
+
+
+def _decoder(load: Load, found: Identity) -> Problem | None:
+    if not isinstance(found.facts, Vae) or found.facts.encoder:
+        return None
+    what = f"{load.name} is a decoder only"
+    why = "An edit encodes its reference pictures; ComfyUI would do that with weights that were never set."
+    return Problem(what, why, "", name="vae-decoder-only", path=str(found.path), ref="C11")

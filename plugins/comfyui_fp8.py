@@ -1,0 +1,464 @@
+"""Generate through a real ComfyUI: one that kleinctl installed, or the user's own."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kleinctl_plugins import comfyui_files, comfyui_graph
+from kleinctl_plugins.comfyui_client import Failed, Refused
+from kleinctl_plugins.comfyui_device import Beside
+from kleinctl_plugins.comfyui_files import Load, Mark
+from kleinctl_plugins.comfyui_graph import STAGES, Api, Files, Reference
+from kleinctl_plugins.comfyui_server import Server, forbidden, open_server, quoted
+from kleinctl_plugins.pipeline import open_references
+
+from kleinctl import (
+    Budget,
+    Environment,
+    Fit,
+    Hardware,
+    InstalledModel,
+    Job,
+    KleinctlError,
+    Model,
+    Part,
+    Problem,
+    hookimpl,
+    memory,
+    pictures,
+)
+from kleinctl.home import models_folder
+from kleinctl.logs import explain
+
+kleinctl_api = 1
+
+#: Measured on an H100 with ComfyUI 0.29 and full-size random weights (docs/measurements.md): seconds from start to the
+#: first answer on a machine that imports torch and diffusers in 7; RAM beside the weights (17 GiB in all).
+START_SECONDS, RAM_BYTES = 18.0, 2 * 2**30
+#: What a picture takes beside its arithmetic: fixed, and each time one is packed or unpacked on its way as PNG (fits
+#: 0.93-1.13 s a picture at 1024 x 1024 with all weights on the card).
+TURN_SECONDS, PACKINGS = 0.25, 2
+#: Weights that are not on the card come to it each time, and push others out: bytes moved for each that lacks, and the
+#: share of the link's rate that is reached (fits 1.45-1.73 s with 7.8 of 15.7 GiB).
+MOVES, RATE_SHARE = 2, 0.5
+#: How the node of a role names its file.
+INPUTS = {
+    "transformer": ("UNETLoader", "unet_name"),
+    "text-encoder": ("CLIPLoader", "clip_name"),
+    "vae": ("VAELoader", "vae_name"),
+}
+#: The oldest compute capability with arithmetic in four bits.
+NVFP4 = (12, 0)
+
+
+@hookimpl
+def kleinctl_backends() -> list[ComfyuiFp8]:
+    return [ComfyuiFp8()]
+
+
+class ComfyuiFp8:
+    """ComfyUI with its dynamic memory, over its own API. The server is a process of its own, with its own Python."""
+
+    name = "comfyui-fp8"
+    aliases = ("comfy", "comfyui")
+    #: What its client needs; torch is ComfyUI's own matter.
+    requires = ("filelock>=3.15", "pillow>=11", "websocket-client>=1.7,<2")
+    layout = "comfyui"
+    precisions = ("fp8", "bf16", "nvfp4")
+
+    def __init__(self) -> None:
+        self._device: Beside | None = None
+
+    def health(self, hardware: Hardware, environment: Environment | None) -> Problem | None:
+        from kleinctl import comfyui
+
+        checkout = comfyui.known()
+        return comfyui.trouble(checkout) if checkout is not None else not_installed()
+
+    def fit(self, model: Model, hardware: Hardware, job: Job) -> Fit:
+        """ComfyUI takes what it is given, up to all weights with the largest activations, and moves what lacks."""
+        weights = _weights(model, job)
+        working = max(
+            memory.denoise_bytes(model, job), memory.decode_bytes(model, job), memory.reference_bytes(model, job)
+        )
+        held = memory.CONTEXT_BYTES + weights
+        least = memory.CONTEXT_BYTES + working + model.shape.vae_bytes
+        room = memory.usable_vram(hardware.gpu) if hardware.gpu else held + working
+        vram = max(least, min(room, held + working))
+        following = self._seconds(model, hardware, job, weights, max(0, held - vram))
+        why_not = _unoffered(model, hardware, job) or memory.lacking(
+            model, hardware, vram_bytes=vram, ram_bytes=weights + RAM_BYTES
+        )
+        start = START_SECONDS * memory.start_seconds(hardware) / memory.IMPORT_SECONDS
+        return Fit(
+            vram_bytes=vram,
+            ram_bytes=weights + RAM_BYTES,
+            disk_bytes=sum(part.size or 0 for part in _parts(model, job)),
+            seconds_first=start + memory.read_seconds(weights, hardware, warm=False) + following,
+            seconds_next=following,
+            fits=why_not is None,
+            strategy="dynamic",
+            why_not=why_not,
+        )
+
+    def _seconds(self, model: Model, hardware: Hardware, job: Job, weights: int, lacks: int) -> float:
+        """One more picture with a new prompt; all layers of the text encoder are run."""
+        encode, forward, decode = memory.stage_seconds(model, hardware, job)
+        encode *= model.shape.text_layers / model.shape.text_layers_read
+        arithmetic = encode + forward * memory.forwards(model, job) + decode
+        saving = memory.save_seconds(hardware, job)
+        rate = memory.copy_rate(hardware.gpu, hardware.rates) * RATE_SHARE
+        return arithmetic + saving * (1 + PACKINGS) + TURN_SECONDS + min(weights, MOVES * lacks) / rate
+
+    def open_device(self, budget: Budget) -> Beside:
+        """What the worker measures: the card that the server computes on."""
+        self._device = Beside(budget)
+        return self._device
+
+    def workflow(self, model: Model, job: Job) -> dict[str, Any]:
+        """The job as a workflow for ComfyUI's own page; reference pictures are named as they are, for `input`."""
+        sizes = [pictures.reference(path) for path in job.images]
+        return comfyui_graph.page(model, job, [Reference(e.path.name, e.width * e.height) for e in sizes])
+
+    def check_workflow(self, path: Path, job: Job) -> None:
+        """Whether a user's workflow can be run with a job, as far as that shows without a server.
+
+        Raises:
+            KleinctlError: it cannot be read, is in the page's format, or has no prompt.
+        """
+        comfyui_graph.with_job(comfyui_graph.read_workflow(path), job, path=path)
+
+    def load(self, model: InstalledModel, budget: Budget) -> Session:
+        session = Session(model, budget)
+        if self._device is not None:
+            self._device.server = session.server.pid
+        return session
+
+
+def not_installed() -> Problem:
+    """The problem of a machine without a ComfyUI that kleinctl knows of."""
+    return Problem(
+        "ComfyUI is not installed",
+        "kleinctl knows of none: neither one that it installed, nor one of yours that it was told of.",
+        "kleinctl install --backend comfy   # or with yours: kleinctl install --comfyui DIR",
+        name="comfyui-not-installed",
+    )
+
+
+# What it takes
+
+
+def _parts(model: Model, job: Job) -> Sequence[Part]:
+    precision = job.precision if job.precision in model.precisions(ComfyuiFp8.layout) else None
+    return model.parts_for(ComfyuiFp8.layout, precision)
+
+
+def _weights(model: Model, job: Job) -> int:
+    """Weights as they are held: files' sizes, but for the VAE, which is computed in the model's precision."""
+    sizes, shape = {part.role: part.size for part in _parts(model, job) if part.size}, model.shape
+    transformer = sizes.get("transformer", shape.transformer_bytes)
+    return transformer + sizes.get("text-encoder", shape.text_encoder_bytes) + shape.vae_bytes
+
+
+def _unoffered(model: Model, hardware: Hardware, job: Job) -> str | None:
+    """Why the job's precision cannot be had."""
+    offered = model.precisions(ComfyuiFp8.layout)
+    if job.precision and job.precision not in offered:
+        return f"{model.name} comes as {', '.join(offered) or 'one file'} for ComfyUI; {job.precision} was asked for."
+    if job.precision == "nvfp4" and hardware.gpu and hardware.gpu.capability < NVFP4:
+        return f"nvfp4 wants an sm_120 card; {hardware.gpu.name} is {hardware.gpu.arch}."
+    return None
+
+
+# In the worker
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A graph as it is queued, and the files that it loads, as far as they are found on this machine."""
+
+    api: Api
+    files: Mapping[Load, Path]
+
+
+class Session:
+    """A server that draws one job after another. It is started anew where one of its files was replaced."""
+
+    strategy = "dynamic"
+
+    def __init__(self, model: InstalledModel, budget: Budget) -> None:
+        from kleinctl import comfyui
+
+        checkout = comfyui.known()
+        if checkout is None:
+            raise KleinctlError(not_installed())
+        self.model, self.budget, self.checkout = model, budget, checkout
+        self.warnings: list[str] = []
+        self._loaded: dict[Path, Mark] = {}
+        self._offers: dict[str, Mapping[str, Any]] = {}
+        self.dtype = next((part.dtype for part in self._wanted("transformer") if part.dtype), model.manifest.dtype)
+        self.server = self._open()
+
+    def _open(self) -> Server:
+        from kleinctl import comfyui
+
+        self._offers, self._loaded = {}, {}
+        return open_server(self.checkout, self.budget, None if self.checkout.url else comfyui.paths_file())
+
+    def _reopen(self) -> None:
+        self.server.close()
+        self.server = self._open()
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What decides how a picture looks: the server's packages, and not this worker's."""
+        return {"comfyui": self.server.version, "torch": self.server.torch}
+
+    def generate(self, job: Job, progress: Any) -> Any:
+        progress("load", 0, 1)
+        if self.server.ended:
+            self._reopen()
+        drawn = self._drawn(job)
+        comfyui_files.check(drawn.files, self.model.manifest, editing=bool(job.images))
+        if self._replaced(drawn):
+            self._reopen()
+            drawn = self._drawn(job)  # its temporary folder was emptied as well
+        self._loaded.update(comfyui_files.marks(list(drawn.files.values())))
+        return self._run(drawn.api, job, progress)
+
+    def _run(self, api: Api, job: Job, progress: Any) -> Any:
+        """The picture of a graph, fetched and looked at."""
+        client = self.server.client
+        try:
+            made = client.run(api, _Told(api, job, progress), self.server.watch)
+            png = client.picture(made)
+        except Refused as error:
+            raise self._rejected(api, error) from None
+        except Failed as error:
+            raise self._failure(api, error.said) from None
+        finally:
+            self.server.watch(None)
+        progress("decode", 1, 1)
+        return _opened(png, made.filename)
+
+    def close(self) -> None:
+        self.server.close()
+
+    # The graph
+
+    def _drawn(self, job: Job) -> Drawn:
+        """The graph of a job, as this server takes it."""
+        references = self._references(job)
+        workflow = job.workflow
+        if workflow:
+            own = Path(workflow)
+            api: Api = comfyui_graph.with_job(comfyui_graph.read_workflow(own), job, references, own)
+        else:
+            api = comfyui_graph.picture(self._names(job), job, self.model.manifest.variant, references).api()
+        api = comfyui_graph.validate(api, self._offered)
+        found = {load: path for load in comfyui_files.loads(api) if (path := self._where(load))}
+        return Drawn(api, found)
+
+    def _offered(self, kind: str) -> Mapping[str, Any]:
+        """What the server says of a node. Lists of files change, so those of loaders are asked for each time."""
+        if kind not in self._offers or kind in {node for node, _ in INPUTS.values()}:
+            try:
+                self._offers[kind] = self.server.client.node(kind)
+            except Refused as error:
+                raise forbidden(error, self.server.url) from None
+        return self._offers[kind]
+
+    def _names(self, job: Job) -> Files:
+        """The model's files as the server lists them.
+
+        Raises:
+            KleinctlError: one is not there.
+        """
+        names = {}
+        for role, (node, key) in INPUTS.items():
+            listed = comfyui_graph.choices(self._offered(node), key)
+            wanted = self._wanted(role, job.precision)
+            names[role] = next((name for part in wanted for name in listed if _base(name) == part.name), "")
+            if not names[role]:
+                raise KleinctlError(self._lacks(role, wanted, listed))
+        return Files(names["transformer"], names["text-encoder"], names["vae"])
+
+    def _wanted(self, role: str, precision: str = "") -> list[Part]:
+        """The parts that would do, the best first: those of a precision, else those that are here."""
+        manifest, layout = self.model.manifest, ComfyuiFp8.layout
+        if role == "transformer" and precision:
+            return [part for part in manifest.parts_for(layout, precision) if part.role == role]
+        every = [part for part in manifest.parts if part.role == role and layout in part.to]
+        return [part for part in every if (self.model.folder / part.to[layout]).is_file()] or every
+
+    def _lacks(self, role: str, wanted: Sequence[Part], listed: Sequence[str]) -> Problem:
+        names = " or ".join(dict.fromkeys(part.name for part in wanted)) or "a file"
+        install = f"kleinctl install --model {self.model.manifest.name} --backend comfyui-fp8"
+        fix = install if self.server.ours else f"{install}   # then start ComfyUI again"
+        why = f"Wanted is {names}; it lists {', '.join(listed[:8]) or 'none'}{', …' if len(listed) > 8 else ''}."
+        what = f"ComfyUI has no {comfyui_files.ROLES[role]} of {self.model.manifest.name}"
+        return Problem(what, why, fix, name="comfyui-lacks-model", ref="E03")
+
+    def _where(self, load: Load) -> Path | None:
+        """The file behind a name: ours come first in a server that we start, the user's own in one that runs."""
+        own = [self.model.folder, *sorted(models_folder().glob("*/comfyui"))]
+        ours = [folder / load.kind for folder in own]
+        theirs = [Path(folder) for folder in self._their_folders.get(load.kind, ())]
+        folders = ours + theirs if self.server.ours else theirs + ours
+        return next((path for folder in folders if (path := folder / load.name).is_file()), None)
+
+    @cached_property
+    def _their_folders(self) -> Mapping[str, Sequence[str]]:
+        """The folders that the checkout itself searches, by kind."""
+        from kleinctl.facts import comfyui as facts
+
+        found = facts.read(self.checkout.base or self.checkout.path)
+        return found.folders if found else {}
+
+    def _references(self, job: Job) -> list[Reference]:
+        """The reference pictures, handed to the server."""
+        handed = []
+        for image in open_references(job.images) or ():
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG", compress_level=1)
+            png = buffer.getvalue()
+            name = f"kleinctl-{hashlib.sha256(png).hexdigest()[:16]}.png"
+            try:
+                handed.append(Reference(self.server.client.upload(name, png), image.width * image.height))
+            except Refused as error:
+                raise forbidden(error, self.server.url) from None
+        return handed
+
+    # What goes wrong
+
+    def _replaced(self, drawn: Drawn) -> bool:
+        """Whether the server holds another file than the one that lies there now.
+
+        Raises:
+            KleinctlError: it does, and it is not ours to start again.
+        """
+        now = comfyui_files.marks(list(drawn.files.values()))
+        changed = [path for path in drawn.files.values() if self._loaded.get(path, now.get(path)) != now.get(path)]
+        if not changed and not self.server.ours:
+            changed = [path for load, path in drawn.files.items() if self._used_before(load, path)]
+        if changed and not self.server.ours:
+            what = f"{changed[0].name} was replaced after ComfyUI had loaded it"
+            why = "It keeps what it has loaded under a name for as long as it runs, and does not look again."
+            fix = "start ComfyUI again, then the same command"
+            raise KleinctlError(Problem(what, why, fix, name="comfyui-file-replaced", path=str(changed[0])))
+        if changed:
+            self.warnings.append(f"{changed[0].name} was replaced, so ComfyUI was started again")
+        return bool(changed)
+
+    def _used_before(self, load: Load, path: Path) -> bool:
+        """Whether a job that the server remembers used the name before the file was written."""
+        try:
+            history = self.server.client.ask("/history?max_items=64")
+        except Refused:
+            return False
+        written = path.stat().st_mtime * 1000
+        for entry in history.values() if isinstance(history, dict) else ():
+            prompt = entry.get("prompt") or [] if isinstance(entry, dict) else []
+            graph = prompt[2] if len(prompt) > 2 and isinstance(prompt[2], dict) else {}
+            if load in comfyui_files.loads(graph) and _begun(entry) < written:
+                return True
+        return False
+
+    def _rejected(self, api: Api, error: Refused) -> KleinctlError:
+        """The problem of a graph that the server did not take."""
+        if error.status != 400:
+            return forbidden(error, self.server.url)
+        try:
+            said = json.loads(error.text)
+        except ValueError:
+            said = {"error": {"message": error.text[:300]}}
+        told = said.get("error") if isinstance(said.get("error"), dict) else {"message": said.get("error")}
+        return self._explained(api, said, f"It refused the graph: {told.get('message')}")
+
+    def _failure(self, api: Api, said: Mapping[str, Any]) -> KleinctlError:
+        """The problem of a run that failed; the traceback goes to the log."""
+        sys.stderr.write("".join(map(str, said.get("traceback") or ())) + "\n")
+        node = str(said.get("node_type") or "")
+        message = " ".join(str(said.get("exception_message") or "it does not say why").split("TIPS:")[0].split())
+        kept = {key: said.get(key) for key in ("node_id", "node_type", "exception_type", "exception_message")}
+        text = {**kept, "traceback": said.get("traceback")}
+        return self._explained(api, text, f"{node + ': ' if node else ''}{message}")
+
+    def _explained(self, api: Api, said: Mapping[str, Any], message: str) -> KleinctlError:
+        """What is known of such an answer, with the file that it comes from."""
+        text = json.dumps({"prompt": api, **said}, indent=1)
+        for match in explain(text):
+            problem = match.problem
+            meant = problem.path or self._meant(api, problem, str(said.get("node_type") or ""))
+            return KleinctlError(replace(problem, path=meant))
+        log = getattr(self.server, "log", None)
+        fix = f"kleinctl doctor --log {quoted(log)}" if log else "look at ComfyUI's own log"
+        path = str(log) if log else None
+        return KleinctlError(
+            Problem("ComfyUI drew no picture", f"{message[:500]}.", fix, name="comfyui-failed", path=path)
+        )
+
+    def _meant(self, api: Api, problem: Problem, node: str) -> str | None:
+        """The file that a problem speaks of: the one that the failed node loads, else one of the graph."""
+        own = comfyui_files.loads({key: each for key, each in api.items() if each.get("class_type") == node})
+        text, every = f"{problem.what} {problem.why}", comfyui_files.loads(api)
+        named = [load for load in every if _base(load.name) in text]
+        meant = [load for load in every if f"the {comfyui_files.ROLES[load.role]}" in problem.what]
+        found = (self._where(load) for load in (*own, *named, *meant))
+        return next((str(path) for path in found if path is not None), None)
+
+
+class _Told:
+    """What a server tells, as kleinctl's progress."""
+
+    def __init__(self, api: Api, job: Job, progress: Any) -> None:
+        self._api, self._job, self._progress, self._stage = api, job, progress, "load"
+
+    def __call__(self, node: str, value: float, most: float) -> None:
+        if not node:
+            self._progress("queue", 0, int(value) + 1)
+            return
+        kind = str(self._api.get(node, {}).get("class_type", ""))
+        self._stage = STAGES.get(kind, self._stage)
+        if self._stage == "denoise":
+            self._progress("denoise", int(value), int(most) or self._job.steps)
+        else:
+            self._progress(self._stage, 0, 1)
+
+
+def _base(name: str) -> str:
+    """A file's own name in one that may have folders before it, as Linux or Windows write them."""
+    return name.replace("\\", "/").rpartition("/")[2]
+
+
+def _begun(entry: Mapping[str, Any]) -> float:
+    """When a job of the history began, in milliseconds; infinite where it does not say."""
+    for message in (entry.get("status") or {}).get("messages") or ():
+        if isinstance(message, list) and len(message) == 2 and isinstance(message[1], dict):
+            return float(message[1].get("timestamp") or "inf")
+    return float("inf")
+
+
+def _opened(png: bytes, name: str) -> Any:
+    """The picture in what the server gave.
+
+    Raises:
+        KleinctlError: it is none, or not whole.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        why = f"ComfyUI gave {len(png)} bytes as {name}, which are no whole PNG: {error}."
+        fix = "draw it again; if it stays so: kleinctl doctor"
+        raise KleinctlError(Problem("the picture came damaged", why, fix, name="picture-damaged")) from None

@@ -1,0 +1,401 @@
+"""A ComfyUI server for a worker: one that is started for it and ends with it, or one that runs already."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kleinctl_plugins.comfyui_client import Client, Refused
+
+from kleinctl import Budget, KleinctlError, Problem
+from kleinctl.exits import exit_text, looks_like_no_memory
+from kleinctl.home import home, logs_folder
+from kleinctl.logs import explain
+from kleinctl.units import GIB
+
+if TYPE_CHECKING:
+    from kleinctl.comfyui import Checkout
+
+WARDEN = Path(__file__).with_name("comfyui_warden.py")
+#: Seconds that a server may take to answer (18 measured; custom nodes take longer), to end, and between two looks; and
+#: that another one of the same checkout, which may be just ending, is waited for, and the news of its end.
+READY_SECONDS, CLOSE_SECONDS, LOOK_SECONDS, LOCK_SECONDS, GRACE_SECONDS = 300.0, 12.0, 0.25, 20.0, 2.0
+#: A port that was free may be taken by the time the server binds it: so often another is tried.
+PORTS_TRIED = 3
+#: Logs that are kept, and how much of a log's end is read to explain a death, in bytes.
+LOGS_KEPT, LOG_BYTES = 20, 2**18
+#: The oldest ComfyUI that takes klein for what it is.
+OLDEST = "0.9.2"
+#: Arguments of a user's own start that this one sets otherwise, or that are about the page.
+OURS = (
+    *("--listen", "--port", "--tls-keyfile", "--tls-certfile", "--enable-cors-header", "--auto-launch"),
+    *("--disable-auto-launch", "--windows-standalone-build", "--output-directory", "--temp-directory"),
+    *("--user-directory", "--base-directory", "--database-url", "--reserve-vram", "--preview-method", "--multi-user"),
+    *("--quick-test-for-ci", "--log-stdout", "--dont-print-server"),
+)
+#: Settings of the worker that are not for ComfyUI, which chooses its own allocator and has its own packages.
+NOT_INHERITED = ("PYTHONPATH", "PYTHONHOME", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+def open_server(checkout: Checkout, budget: Budget, paths: Path | None) -> Server:
+    """The server to draw with: the one that runs, or one that is started now and ready when this returns.
+
+    `paths` is the `extra_model_paths.yaml` of kleinctl's own files.
+
+    Raises:
+        KleinctlError: it does not start, does not answer, or is too old.
+    """
+    if checkout.url:
+        server = Server(checkout.url)
+    else:
+        server = _started(checkout, budget, paths)
+    try:
+        server.meet()
+    except BaseException:
+        server.close()
+        raise
+    return server
+
+
+def _started(checkout: Checkout, budget: Budget, paths: Path | None) -> Server:
+    for attempt in range(PORTS_TRIED):
+        started = Started(checkout, budget, paths)
+        try:
+            started.wait()
+            return started
+        except KleinctlError as error:
+            started.close()
+            if error.problem.name != "port-in-use" or attempt == PORTS_TRIED - 1:
+                raise
+        except BaseException:
+            started.close()
+            raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+class Server:
+    """A server that runs already, and goes on when we are done. Its warden takes back what is under way."""
+
+    #: Whether it was started for this worker, so that it can be started again; and whether it has ended since.
+    ours = ended = False
+
+    def __init__(self, url: str) -> None:
+        self.url, self.version, self.torch = url, "unknown", "unknown"
+        self.client = Client(url, self.alive)
+        self._warden = _Warden({"url": url})
+
+    @property
+    def pid(self) -> int | None:
+        """The process that was started for it; None for one that runs already."""
+        return self._warden.pid
+
+    def meet(self) -> None:
+        """Learn its version, and that of its torch.
+
+        Raises:
+            KleinctlError: it is older than klein.
+        """
+        try:
+            answer = self.client.ask("/system_stats")
+        except Refused as error:
+            raise forbidden(error, self.url) from None
+        system = answer.get("system", {}) if isinstance(answer, dict) else {}
+        self.version = str(system.get("comfyui_version") or "unknown")
+        self.torch = str(system.get("pytorch_version") or "unknown")
+        check_version(self.version)
+
+    def watch(self, prompt: str | None) -> None:
+        """Say which prompt is under way: it is taken back when this worker ends before it does."""
+        self._warden.tell({"prompt": prompt})
+
+    def alive(self) -> None:
+        """Raise where it is known that the server has ended."""
+
+    def close(self) -> None:
+        """Leave it: let it drop what it holds for us."""
+        with contextlib.suppress(KleinctlError, Refused):
+            self.client.free()
+        self._warden.close()
+
+
+class Started(Server):
+    """A server that was started for this worker, and that ends with it, however it ends."""
+
+    ours = True
+
+    def __init__(self, checkout: Checkout, budget: Budget, paths: Path | None) -> None:
+        port, folder = _free_port(), home() / "comfyui" / "run"
+        self.url, self.version, self.torch = f"http://127.0.0.1:{port}", "unknown", "unknown"
+        self.client = Client(self.url, self._silent)
+        self._place, self._ready = checkout.path, False
+        for each in (*(folder / name for name in ("output", "temp", "user")), logs_folder()):
+            each.mkdir(parents=True, exist_ok=True)
+        self.log = _new_log(port)
+        lock = hashlib.sha256(str(checkout.path.resolve()).encode()).hexdigest()[:12]
+        self._warden = _Warden(
+            {
+                "url": self.url,
+                "command": [str(checkout.python), "-s", "-u", "main.py", *arguments(checkout, port, budget, paths)],
+                "folder": str(checkout.path),
+                "environment": environment(os.environ),
+                "log": str(self.log),
+                "lock": str(folder / f"{lock}.lock"),
+                "patience": LOCK_SECONDS,
+            }
+        )
+
+    def wait(self) -> None:
+        """Wait until it answers.
+
+        Raises:
+            KleinctlError: it does not, or ends.
+        """
+        end = time.monotonic() + READY_SECONDS
+        while time.monotonic() < end:
+            self.alive()
+            try:
+                self.client.ask("/system_stats")
+            except Refused as error:
+                raise forbidden(error, self.url) from None
+            except KleinctlError as error:
+                if error.problem.name != "comfyui-silent":
+                    raise
+                time.sleep(LOOK_SECONDS)
+            else:
+                self._ready = True
+                return
+        why = f"It was started from {self._place}, and has not answered within {READY_SECONDS / 60:.0f} minutes."
+        raise KleinctlError(self._start_failed("ComfyUI does not become ready", why))
+
+    @property
+    def ended(self) -> bool:  # type: ignore[override]
+        """Whether it has ended since it was started."""
+        return self._warden.exit is not None
+
+    def alive(self) -> None:
+        """Raise where the server has ended.
+
+        Raises:
+            KleinctlError: with the cause, as its log and its exit status tell.
+        """
+        if self._warden.busy:
+            raise KleinctlError(
+                Problem(
+                    f"the ComfyUI in {self._place} is in use by another kleinctl",
+                    "One checkout runs once at a time: two of them would fill the card.",
+                    "wait until that is done, or keep one for all: kleinctl serve",
+                    name="comfyui-in-use",
+                )
+            )
+        if self._warden.exit is not None:
+            raise KleinctlError(self._death(self._warden.exit))
+
+    def _silent(self) -> None:
+        """Raise where the server does not answer because it has ended, which may become known a moment later."""
+        end = time.monotonic() + (GRACE_SECONDS if self._ready else 0.0)
+        self.alive()
+        while time.monotonic() < end:
+            time.sleep(LOOK_SECONDS)
+            self.alive()
+
+    def close(self) -> None:
+        """End it."""
+        self._warden.close()
+
+    def _death(self, status: int) -> Problem:
+        how = f"It ended with {exit_text(status)}"
+        text = tail(self.log)
+        for match in explain(text):
+            if match.problem.severity == "error":
+                return replace(
+                    match.problem,
+                    why=f"{match.problem.why} ComfyUI said: {match.line}",
+                    path=match.problem.path or str(self.log),
+                )
+        if re.search(r"^Port \d+ is already in use|already in use on address", _plain(text), re.MULTILINE):
+            why = "Another program took the port between the choice and the start."
+            return Problem("ComfyUI's port was taken", why, "start it again", name="port-in-use", path=str(self.log))
+        if looks_like_no_memory(status):
+            why = f"{how}, most likely because memory (RAM) ran out."
+            what = "the system ended ComfyUI"
+            return Problem(what, why, "kleinctl plan", name="memory-full", path=str(self.log), ref="D03")
+        if self._ready:
+            fix = f"kleinctl doctor --log {quoted(self.log)}"
+            why = f"{how}.{last_lines(text)}"
+            return Problem("ComfyUI has ended", why, fix, name="comfyui-ended", path=str(self.log))
+        return self._start_failed("ComfyUI does not start", f"{how}.{last_lines(text)}")
+
+    def _start_failed(self, what: str, why: str) -> Problem:
+        fix = f"kleinctl doctor --log {quoted(self.log)}"
+        return Problem(what, why, fix, name="comfyui-start", path=str(self.log))
+
+
+class _Warden:
+    """The process that cleans up. It sees the end of its stdin, and so the end of this process."""
+
+    def __init__(self, task: Mapping[str, Any]) -> None:
+        self.exit: int | None = None
+        self.pid: int | None = None
+        self.busy = False
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-u", "-X", "utf8", str(WARDEN)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+        )
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+        self.tell(task)
+
+    def tell(self, line: Mapping[str, Any]) -> None:
+        """Send one line."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):
+            self._process.stdin.write(json.dumps(line).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def close(self) -> None:
+        """Let it clean up, and wait until it has."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._listener.join(1.0)
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as said:
+            for line in said:
+                with contextlib.suppress(ValueError):
+                    told = json.loads(line)
+                    self.pid = told.get("pid", self.pid)
+                    self.busy = self.busy or bool(told.get("busy"))
+                    self.exit = told.get("exit", self.exit)
+        if self.exit is None and not self.busy:
+            self.exit = self._process.wait()
+
+
+def arguments(checkout: Checkout, port: int, budget: Budget, paths: Path | None) -> list[str]:
+    """How `main.py` is started: the user's own arguments without those that are ours, and ours."""
+    folder = home() / "comfyui" / "run"
+    given = [
+        *("--listen", "127.0.0.1", "--port", str(port), "--disable-auto-launch", "--disable-api-nodes"),
+        *("--output-directory", str(folder / "output"), "--temp-directory", str(folder / "temp")),
+        *("--user-directory", str(folder / "user"), "--database-url", "sqlite:///:memory:"),
+        *("--preview-method", "none"),
+    ]
+    if checkout.base is not None:
+        given += ["--base-directory", str(checkout.base)]
+    if paths is not None:
+        given += ["--extra-model-paths-config", str(paths)]
+    return [*_others(checkout.arguments), *given, *_memory(checkout, budget)]
+
+
+def _memory(checkout: Checkout, budget: Budget) -> list[str]:
+    """What of the card is left alone: what is free now beyond the budget. Dynamic VRAM keeps to it by itself."""
+    if budget.device == "cpu":
+        return [] if "--cpu" in checkout.arguments else ["--cpu"]
+    gpu = budget.hardware.gpu if budget.hardware else None
+    return [] if gpu is None else ["--reserve-vram", f"{max(0, gpu.vram_free_bytes - budget.vram_bytes) / GIB:.2f}"]
+
+
+def _others(given: Sequence[str]) -> list[str]:
+    """The arguments without those in OURS, and what follows them."""
+    kept: list[str] = []
+    ours = False
+    for word in given:
+        if word.startswith("--"):
+            ours = word.partition("=")[0] in OURS
+        kept += [] if ours else [word]
+    return kept
+
+
+def environment(own: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables of the server."""
+    kept = {name: value for name, value in own.items() if name not in NOT_INHERITED}
+    return {**kept, "PYTHONUTF8": "1", "PYTHONNOUSERSITE": "1"}
+
+
+def check_version(version: str) -> None:
+    """Whether the server knows klein. That it has the nodes of FLUX.2 proves nothing: they came before.
+
+    Raises:
+        KleinctlError: it does not.
+    """
+    found, wanted = ([int(each) for each in re.findall(r"\d+", text)[:3]] for text in (version, OLDEST))
+    if found and found < wanted:
+        raise KleinctlError(
+            Problem(
+                "this ComfyUI is too old for klein",
+                f"Wanted is ComfyUI {OLDEST} or newer; this is {version}, which takes klein for another model.",
+                "kleinctl doctor --fix --comfyui DIR",
+                name="comfyui-too-old",
+                ref="C07",
+            )
+        )
+
+
+def forbidden(error: Refused, url: str) -> KleinctlError:
+    """The problem of a request that was refused by its status alone."""
+    if error.status == 403:
+        why = f"{url} answered 403: it compares Host and Origin, and something between changes them."
+        fix = "ask ComfyUI directly at http://127.0.0.1:8188, without a proxy"
+        problem = Problem("ComfyUI refuses requests from here", why, fix, name="origin-mismatch", ref="E08")
+        return KleinctlError(problem)
+    why = f"{url} answered HTTP {error.status}: {' '.join(error.text.split())[:300] or 'nothing more'}"
+    what = "what answers is not the ComfyUI that was expected"
+    return KleinctlError(Problem(what, why, "kleinctl doctor --comfyui DIR", name="comfyui-failed"))
+
+
+def tail(log: Path) -> str:
+    """The end of a log."""
+    with contextlib.suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - LOG_BYTES))
+        return file.read(LOG_BYTES).decode("utf-8", "replace")
+    return ""
+
+
+def last_lines(text: str) -> str:
+    """The last lines of a log, as they end an explanation."""
+    lines = [line[:160] for line in _plain(text).splitlines() if line.strip()][-5:]
+    return "".join(["\nThe last lines of its log:", *(f"\n  {line}" for line in lines)]) if lines else ""
+
+
+def quoted(path: Path) -> str:
+    """A path as a shell takes it."""
+    return subprocess.list2cmdline([str(path)]) if os.name == "nt" else shlex.quote(str(path))
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]{0,20}m", "", text).replace("[INFO] ", "").replace("[ERROR] ", "")
+
+
+def _new_log(port: int) -> Path:
+    for old in sorted(logs_folder().glob("comfyui-*.log"), key=lambda path: path.name)[: 1 - LOGS_KEPT]:
+        with contextlib.suppress(OSError):
+            old.unlink()
+    return logs_folder() / f"comfyui-{time.strftime('%Y%m%d-%H%M%S')}-{port}.log"
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

@@ -1,0 +1,494 @@
+"""Pictures through ComfyUI: what is drawn, what is refused before, and what is said after a failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from kleinctl_plugins import comfyui_client, comfyui_fp8
+from kleinctl_plugins.comfyui_fp8 import ComfyuiFp8, Session
+
+from kleinctl import comfyui, generate, store
+from kleinctl.backends import Job
+from kleinctl.hardware.catalogue import imagine
+from kleinctl.problem import KleinctlError
+from kleinctl.units import GIB
+from tests import weights
+from tests.comfyui_double import ERRORS, Double, checkout
+from tests.plugins import comfyui_models as models
+from tests.plugins.comfyui_models import CPU, FILES, NAMES
+
+JOB = Job("a red cube", 128, 96, 7, 4, 1.0)
+
+
+@pytest.fixture(autouse=True)
+def no_long_waits(monkeypatch):
+    monkeypatch.setattr(comfyui_client, "LOOK_SECONDS", 0.05)
+
+
+@pytest.fixture
+def open_session(tmp_path):
+    """Sessions with a double that runs already."""
+    opened = []
+
+    def session(model=None, **options):
+        double = Double(**{"files": FILES, **options}).__enter__()
+        models.use(tmp_path, url=double.url)
+        made = Session(model or models.installed(), CPU)
+        opened.append((made, double))
+        return made, double
+
+    yield session
+    for made, double in opened:
+        made.close()
+        double.__exit__()
+
+
+def draw(session, job=JOB):
+    told = []
+    return session.generate(job, lambda *step: told.append(step)), told
+
+
+def problem_of(session, job=JOB):
+    with pytest.raises(KleinctlError) as failure:
+        draw(session, job)
+    return failure.value.problem
+
+
+def place(role):
+    return store.model_folder("klein-test", "comfyui") / NAMES[role]
+
+
+# A picture
+
+
+def test_a_picture_comes_with_its_stages(open_session):
+    session, double = open_session()
+    image, told = draw(session)
+    assert image.size == (128, 96)
+    assert image.getpixel((0, 0)) == tuple(random.Random(7).randbytes(3))
+    stages = list(dict.fromkeys(stage for stage, _, _ in told))
+    assert stages == ["load", "encode", "denoise", "decode"] or set(stages) == {"load", "encode", "denoise", "decode"}
+    assert [done for stage, done, total in told if stage == "denoise" and total == 4][-1] == 4
+    ((sent,),) = [double.asked("/prompt")]
+    loaded = {node["class_type"]: node["inputs"] for node in sent["prompt"].values()}
+    assert loaded["UNETLoader"]["unet_name"] == "klein-test-fp8.safetensors"
+    assert loaded["CFGGuider"]["cfg"] == 1.0
+    assert "SaveImage" not in loaded, "nothing is left in the user's output folder"
+    assert session.dtype == "float8_e4m3fn"
+    assert session.versions == {"comfyui": "0.29.0", "torch": "2.13.0+cpu"}
+
+
+def test_a_base_model_has_an_empty_negative_prompt(open_session):
+    session, double = open_session(models.installed("base"))
+    draw(session, replace(JOB, steps=20, guidance=4.0))
+    graph = double.asked("/prompt")[0]["prompt"]
+    texts = [node["inputs"]["text"] for node in graph.values() if node["class_type"] == "CLIPTextEncode"]
+    assert sorted(texts) == ["", "a red cube"]
+
+
+def test_references_are_handed_over_in_their_order(open_session, tmp_path):
+    from PIL import Image
+
+    paths = [tmp_path / "a.png", tmp_path / "b.jpg"]
+    for path, colour in zip(paths, ("red", "blue"), strict=True):
+        Image.new("RGB", (64, 64), colour).save(path)
+    session, double = open_session()
+    draw(session, replace(JOB, images=tuple(paths)))
+    uploads = [each["name"] for each in double.asked("/upload/image")]
+    graph = double.asked("/prompt")[0]["prompt"]
+    names = [node["inputs"]["image"] for node in graph.values() if node["class_type"] == "LoadImage"]
+    assert names == [f"{name} [temp]" for name in uploads]
+    assert len(set(names)) == 2
+
+
+def test_a_file_in_a_subfolder_is_named_as_the_server_names_it(open_session):
+    files = {**FILES, "UNETLoader": {"unet_name": ["flux2\\klein-test-fp8.safetensors"]}}
+    session, double = open_session(files=files)
+    draw(session)
+    graph = double.asked("/prompt")[0]["prompt"]
+    assert next(iter(graph.values()))["inputs"]["unet_name"] == "flux2\\klein-test-fp8.safetensors"
+
+
+def test_a_users_workflow_is_run_with_the_jobs_prompt(open_session, tmp_path):
+    source = Path(__file__).parent.parent / "fixtures" / "workflows" / "prompt_t2i_base.json"
+    graph = json.loads(source.read_text(encoding="utf-8"))
+    for node in graph.values():
+        for key, names in FILES.get(node["class_type"], {}).items():
+            node["inputs"][key] = names[-1] if key == "clip_name" else names[0]
+    (tmp_path / "mine.json").write_text(json.dumps(graph), encoding="utf-8")
+    session, double = open_session()
+    draw(session, replace(JOB, workflow=tmp_path / "mine.json"))
+    sent = double.asked("/prompt")[0]["prompt"]
+    assert sent["4"]["inputs"]["text"] == "a red cube"
+    assert sent["6"]["inputs"]["cfg"] == 5.0
+
+
+def test_the_whole_road_through_a_worker(tmp_path):
+    model = models.installed()
+    folder = checkout(tmp_path / "ComfyUI", files=FILES)
+    models.use(folder)
+    jobs = (JOB, replace(JOB, seed=8))
+    outputs = (tmp_path / "7.png", tmp_path / "8.png")
+    plugin = "kleinctl_plugins.comfyui_fp8"
+    request = generate.Request(
+        model.manifest, model.folder, "comfyui-fp8", plugin, Path(sys.executable), CPU, jobs, outputs
+    )
+    steps = []
+    result = generate.run(request, steps.append)
+    assert [image.path for image in result.images] == list(outputs)
+    assert result.to_json()["strategy"] == "dynamic"
+    assert result.images[0].record["dtype"] == "float8_e4m3fn"
+    assert "denoise" in result.images[0].seconds
+    (pid,) = {int(line.rpartition(" ")[2]) for line in (folder / "starts.txt").read_text().splitlines()}
+    assert not psutil.pid_exists(pid)
+
+
+def ask(worker, job):
+    with pytest.raises(KleinctlError):
+        worker.ask(job, lambda step: None)
+
+
+def test_stopping_the_worker_takes_the_job_back(tmp_path):
+    """What Ctrl-C does: the control process stops the worker in the middle of a picture."""
+    from kleinctl.executors import ProcessExecutor
+    from kleinctl.worker.protocol import Generate, Load
+
+    model = models.installed()
+    with Double(files=FILES, stuck=True) as double:
+        models.use(tmp_path, url=double.url)
+        worker = ProcessExecutor().start(Path(sys.executable), "kleinctl_plugins.comfyui_fp8")
+        load = Load("kleinctl_plugins.comfyui_fp8", "comfy", model.manifest, model.folder, CPU)
+        worker.ask(load, lambda step: None)
+        job = Generate(JOB, tmp_path / "a.png", tmp_path / "a.partial", {"prompt": "a red cube"})
+        asking = threading.Thread(target=ask, args=(worker, job))
+        asking.start()
+        end = time.monotonic() + 15
+        while not double.asked("/prompt") and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        worker.stop()
+        asking.join(15)
+        while not double.asked("/interrupt") and time.monotonic() < end:
+            time.sleep(0.05)
+        assert [each["prompt_id"] for each in double.asked("/interrupt")] == ["job-101"]
+        assert double.asked("/queue") == [{"delete": ["job-101"]}]
+    assert not (tmp_path / "a.png").exists()
+
+
+# Refused before a run is spent
+
+
+def test_a_machine_without_comfyui_is_told_how_to_get_one(empty_home):
+    hardware = imagine("RTX 4070 Ti SUPER", 32 * GIB)
+    problem = ComfyuiFp8().health(hardware, None)
+    assert (problem.name, comfyui.known()) == ("comfyui-not-installed", None)
+    assert problem.fix.startswith("kleinctl install --backend comfy")
+    with pytest.raises(KleinctlError, match="ComfyUI is not installed"):
+        Session(models.installed(), CPU)
+
+
+def encoder(shapes):
+    return "text-encoder", lambda path: weights.write(path, shapes)
+
+
+def vae(shapes, **more):
+    return "vae", lambda path: weights.write(path, shapes, **more)
+
+
+def transformer(shapes, *more, **dtypes):
+    return "transformer", lambda path: weights.write(path, shapes, *more, **dtypes)
+
+
+UNMARKED = {**weights.flux2(**weights.KLEIN_4B), "double_blocks.0.img_attn.qkv.weight_scale": ()}
+WRONG = {
+    "an 8B text encoder": (*encoder(weights.qwen3(**weights.QWEN3_8B)), "text-encoder-width", "C01"),
+    "Qwen3-VL": (*encoder(weights.qwen3_vl()), "text-encoder-vl", "C06"),
+    "T5-XXL": (*encoder(weights.t5()), "text-encoder-width", "C04"),
+    "CLIP-L": (*encoder(weights.clip(768, 3072, 12)), "text-encoder-width", None),
+    "Mistral Small": (*encoder(weights.mistral()), "text-encoder-width", "C02"),
+    "what nobody knows": (*encoder({"a.weight": (4, 4)}), "wrong-text-encoder", "B16"),
+    "FLUX.1's VAE": (*vae(weights.vae(16, statistics=False)), "vae-channels", "C09"),
+    "SDXL's VAE": (*vae(weights.vae(4, statistics=False)), "vae-channels", "C09"),
+    "a VAE without statistics": (*vae(weights.vae(32, statistics=False)), "wrong-vae", "C09"),
+    "a cut file": (*vae(weights.vae(32), missing=1000), "weights-truncated", "B02"),
+    "fp8 without marks": (*transformer(UNMARKED, "F8_E4M3", _scale="F32"), "fp8-scales-unread", "C22"),
+    "diffusers names": (
+        *transformer(weights.flux2_diffusers(**weights.KLEIN_4B)),
+        "diffusers-file-in-comfyui",
+        "B16",
+    ),
+    "klein 9B": (*transformer(weights.flux2(**weights.KLEIN_9B)), "text-encoder-width", None),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_file_is_refused_before_the_run(open_session, wrong):
+    role, write, name, ref = WRONG[wrong]
+    session, double = open_session()
+    write(place(role))
+    problem = problem_of(session)
+    assert (problem.name, problem.ref or None) == (name, ref or problem.ref)
+    assert problem.path in (str(place(role)), str(place("text-encoder")))
+    assert problem.fix == "kleinctl install --model klein-test --backend comfyui-fp8"
+    assert double.asked("/prompt") == [], "nothing was queued"
+
+
+def test_a_decoder_alone_draws_and_does_not_edit(open_session, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    session, _ = open_session()
+    weights.write(place("vae"), weights.vae(32, encoder=False))
+    draw(session)
+    session, _ = open_session()
+    weights.write(place("vae"), weights.vae(32, encoder=False))
+    assert problem_of(session, replace(JOB, images=(tmp_path / "a.png",))).name == "vae-decoder-only"
+
+
+def test_a_file_that_the_server_does_not_list(open_session):
+    session, double = open_session(files={**FILES, "VAELoader": {"vae_name": ["ae.safetensors", "pixel_space"]}})
+    problem = problem_of(session)
+    assert problem.name == "comfyui-lacks-model"
+    assert problem.what == "ComfyUI has no VAE of klein-test"
+    assert "vae-test.safetensors" in problem.why and "ae.safetensors, pixel_space" in problem.why
+    assert double.asked("/prompt") == []
+
+
+def test_a_file_that_was_replaced_makes_our_server_start_again(tmp_path):
+    folder = checkout(tmp_path / "ComfyUI", files=FILES)
+    models.use(folder)
+    session = Session(models.installed(), CPU)
+    try:
+        draw(session)
+        draw(session)
+        assert len((folder / "starts.txt").read_text().splitlines()) == 1
+        models.transformer(place("transformer"), dtype="F16")
+        draw(session)
+        assert len((folder / "starts.txt").read_text().splitlines()) == 2
+        assert session.warnings == ["klein-test-fp8.safetensors was replaced, so ComfyUI was started again"]
+    finally:
+        session.close()
+
+
+def test_a_file_that_was_replaced_under_a_server_that_is_not_ours(open_session):
+    session, _ = open_session()
+    draw(session)
+    os.utime(place("vae"), (2_000_000_000, 2_000_000_000))
+    assert problem_of(session).name == "comfyui-file-replaced"
+
+
+def test_a_file_that_the_running_server_loaded_for_someone_before_it_was_replaced(open_session):
+    messages = [["execution_start", {"timestamp": 1_000}]]
+    graph = {"1": {"class_type": "VAELoader", "inputs": {"vae_name": "vae-test.safetensors"}}}
+    entry = {
+        "prompt": [1, "old", graph, {}, []],
+        "outputs": {},
+        "status": {"status_str": "success", "messages": messages},
+    }
+    session, _ = open_session(history={"old": entry})
+    problem = problem_of(session)
+    assert problem.name == "comfyui-file-replaced"
+    assert problem.what == "vae-test.safetensors was replaced after ComfyUI had loaded it"
+
+
+# After a failure
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in ERRORS.glob("*.json")))
+def test_every_recorded_error_is_explained_with_its_file_and_a_fix(open_session, name, capfd):
+    session, _ = open_session(error=name)
+    problem = problem_of(session)
+    assert problem.name not in ("comfyui-failed", "")
+    assert problem.ref or problem.name == "prompt-rejected"
+    assert problem.fix
+    if name.startswith(("te-c", "te-q", "te-t5", "te-m", "te-u")):
+        assert problem.path == str(place("text-encoder"))
+    if name.startswith("vae-") or name == "edit-flux1vae":
+        assert problem.path == str(place("vae"))
+    if name.startswith("unet-") and name != "unet-in64":
+        assert problem.path == str(place("transformer"))
+    if "missing" not in name and "bad" not in name and "offered" not in name:
+        assert "Traceback" not in problem.why
+        assert "lines cut" in capfd.readouterr().err, "the traceback is in the log"
+
+
+def test_memory_that_runs_out_in_a_node(open_session):
+    session, _ = open_session()
+    text = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 7.63 GiB."
+    said = {"node_type": "VAEDecode", "exception_type": "torch.OutOfMemoryError", "exception_message": text}
+    problem = session._failure({}, said).problem
+    assert (problem.name, problem.ref) == ("card-memory-full", "D01")
+
+
+def test_an_error_that_nobody_knows_says_what_comfyui_said(open_session, monkeypatch):
+    session, _ = open_session(gone=True)
+    problem = problem_of(session)
+    assert problem.name == "comfyui-failed"
+    assert "someone removed it" in problem.why
+
+
+def test_a_request_that_is_forbidden(open_session):
+    session, _ = open_session(status={"/prompt": 403})
+    assert problem_of(session).name == "origin-mismatch"
+
+
+def test_a_picture_that_comes_damaged(open_session):
+    session, _ = open_session(cut=True)
+    assert problem_of(session).name == "picture-damaged"
+
+
+@pytest.mark.parametrize(
+    ("say", "name"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", "card-memory-full"),
+        ("", "memory-full"),
+    ],
+    ids=["out of VRAM", "killed"],
+)
+def test_a_server_that_dies_in_the_middle_of_a_run(tmp_path, say, name):
+    models.use(checkout(tmp_path / "ComfyUI", files=FILES, die=8, say=say))
+    session = Session(models.installed(), CPU)
+    try:
+        problem = problem_of(session)
+        assert problem.name == name
+        assert problem.path.endswith(".log")
+    finally:
+        session.close()
+
+
+def test_a_server_that_just_ends(tmp_path):
+    options = {"die": 8, "code": 3, "say": "going home"}
+    models.use(checkout(tmp_path / "ComfyUI", files=FILES, **options))
+    session = Session(models.installed(), CPU)
+    try:
+        problem = problem_of(session)
+        assert problem.name == "comfyui-ended"
+        assert problem.why == "It ended with exit status 3.\nThe last lines of its log:\n  going home"
+        assert problem_of(session).name == "comfyui-ended", "the next job gets another server"
+        assert len((tmp_path / "ComfyUI" / "starts.txt").read_text().splitlines()) == 2
+    finally:
+        session.close()
+
+
+# What it will take
+
+
+@pytest.fixture(scope="module")
+def klein():
+    from kleinctl.plugins import Plugins
+
+    return Plugins().models["klein-4b"]
+
+
+def h100(free):
+    hardware = imagine("H100", 64 * GIB)
+    return replace(hardware, gpus=(replace(hardware.gpus[0], vram_free_bytes=int(free * GIB)),))
+
+
+@pytest.mark.parametrize(
+    ("precision", "usable", "vram", "seconds"),
+    [
+        ("bf16", 15.7, 15.7, (0.93, 1.13)),
+        ("bf16", 7.8, 7.8, (1.45, 1.73)),
+        ("fp8", 15.7, 14.3, (0.80, 1.13)),
+        ("fp8", 7.8, 7.8, (0.93, 1.73)),
+    ],
+)
+def test_the_prediction_is_near_what_was_measured(klein, monkeypatch, precision, usable, vram, seconds):
+    """1024 x 1024 on an H100 whose other memory was taken (docs/measurements.md)."""
+    monkeypatch.setattr(comfyui_fp8.memory, "usable_vram", lambda gpu: int(usable * GIB))
+    job = Job("", 1024, 1024, 0, 4, 1.0, precision=precision)
+    fit = ComfyuiFp8().fit(klein, h100(16.3), job)
+    assert fit.fits
+    assert fit.vram_bytes / GIB == pytest.approx(vram, rel=0.03)
+    assert seconds[0] <= fit.seconds_next <= seconds[1]
+    if precision == "bf16":
+        assert fit.ram_bytes / GIB == pytest.approx(17, rel=0.03)
+
+
+def test_a_precision_that_cannot_be_had(klein):
+    job = Job("", 1024, 1024, 0, 4, 1.0)
+    nvfp4 = ComfyuiFp8().fit(klein, h100(70), replace(job, precision="nvfp4"))
+    assert not nvfp4.fits and "sm_120" in (nvfp4.why_not or "")
+    odd = ComfyuiFp8().fit(models.model(), h100(70), replace(job, precision="bf16"))
+    assert odd.why_not == "klein-test comes as fp8 for ComfyUI; bf16 was asked for."
+
+
+def test_a_card_that_cannot_hold_one_decode_is_told_the_figures(klein):
+    hardware = imagine("GTX 1050 Ti", 32 * GIB)
+    fit = ComfyuiFp8().fit(klein, hardware, Job("", 2048, 2048, 0, 4, 1.0))
+    assert not fit.fits
+    assert "of VRAM" in (fit.why_not or "")
+
+
+# What was taken
+
+
+def test_the_servers_memory_counts_and_not_the_workers(tmp_path):
+    from kleinctl.worker.device import peak_rss_bytes
+
+    backend = ComfyuiFp8()
+    device = backend.open_device(CPU)
+    assert (device.name, device.peak_vram()) == ("cpu", (0, "none"))
+    assert device.peak_rss() == peak_rss_bytes()
+    models.use(checkout(tmp_path / "ComfyUI", files=FILES))
+    session = backend.load(models.installed(), CPU)
+    try:
+        assert device.server == session.server.pid
+        if sys.platform == "linux":
+            assert 0 < device.peak_rss() != peak_rss_bytes()
+    finally:
+        session.close()
+
+
+def test_the_card_is_watched_without_torch(monkeypatch):
+    from kleinctl_plugins import comfyui_device
+
+    used = iter([10 * GIB, 12 * GIB, 17 * GIB, 11 * GIB])
+    monkeypatch.setattr(comfyui_device, "nvml_used_bytes", lambda uuid: next(used, 11 * GIB))
+    monkeypatch.setattr(comfyui_device, "nvml_busy_percent", lambda uuid: 90)
+    monkeypatch.setattr(comfyui_device, "LOOK_SECONDS", 0.01)
+    hardware = h100(70)
+    hardware = replace(hardware, gpus=(replace(hardware.gpus[0], uuid="GPU-1"),))
+    device = ComfyuiFp8().open_device(replace(CPU, device="cuda:0", hardware=hardware))
+    end = time.monotonic() + 5
+    while device.peak_vram()[0] < 7 * GIB and time.monotonic() < end:
+        time.sleep(0.02)
+    assert device.peak_vram() == (7 * GIB, "NVML, all processes together")
+    assert device.measure().vram_peak_bytes == 7 * GIB
+    assert device.measure().vram_peak_bytes == GIB, "of the next stage"
+    assert device.name == hardware.gpus[0].name
+    assert "torch" not in comfyui_device.__dict__
+
+
+# Workflows
+
+
+def test_the_backend_writes_a_job_as_a_workflow(klein, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (2000, 1000)).save(tmp_path / "large.png")
+    page = ComfyuiFp8().workflow(klein, replace(JOB, images=(tmp_path / "large.png",)))
+    kinds = [node["type"] for node in page["nodes"]]
+    assert "ImageScaleToTotalPixels" in kinds and "SaveImage" in kinds
+    assert next(node for node in page["nodes"] if node["type"] == "LoadImage")["widgets_values"] == [
+        "large.png",
+        "image",
+    ]
+
+
+def test_a_workflow_is_looked_at_before_a_server_is_started(klein, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(ComfyuiFp8().workflow(klein, JOB)), encoding="utf-8")
+    with pytest.raises(KleinctlError, match="not in API format"):
+        ComfyuiFp8().check_workflow(path, JOB)
+    ComfyuiFp8().check_workflow(Path(__file__).parent.parent / "fixtures/workflows/prompt_t2i_base.json", JOB)

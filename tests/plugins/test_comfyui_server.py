@@ -1,0 +1,198 @@
+"""A ComfyUI that is started for a worker: it becomes ready, it ends, and it never outlives kleinctl."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from kleinctl_plugins import comfyui_server
+from kleinctl_plugins.comfyui_server import arguments, open_server
+
+from kleinctl.backends import Budget
+from kleinctl.comfyui import Checkout
+from kleinctl.problem import KleinctlError
+from kleinctl.units import GIB
+from tests.comfyui_double import Double, checkout
+from tests.conftest import REPOSITORY
+from tests.plugins.comfyui_models import CPU
+
+
+def known(folder, **more):
+    return Checkout(folder, Path(sys.executable), owned=True, **more)
+
+
+def started(folder):
+    """The arguments and the process of each start."""
+    lines = (folder / "starts.txt").read_text().splitlines() if (folder / "starts.txt").exists() else []
+    return [(json.loads(line.rpartition(" ")[0]), int(line.rpartition(" ")[2])) for line in lines]
+
+
+def wait_until(holds, seconds=15):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def failed(folder, **more):
+    with pytest.raises(KleinctlError) as failure:
+        open_server(known(folder, **more), CPU, None).close()
+    return failure.value.problem
+
+
+def test_it_is_started_on_loopback_and_ends_when_it_is_closed(tmp_path):
+    folder = checkout(tmp_path / "ComfyUI")
+    server = open_server(known(folder), CPU, tmp_path / "paths.yaml")
+    ((given, pid),) = started(folder)
+    assert server.version == "0.29.0"
+    assert given[given.index("--listen") + 1] == "127.0.0.1"
+    assert given[given.index("--port") + 1] == server.url.rpartition(":")[2]
+    assert given[given.index("--extra-model-paths-config") + 1] == str(tmp_path / "paths.yaml")
+    assert "--cpu" in given
+    server.close()
+    assert not psutil.pid_exists(pid)
+    assert not Path(folder / "output").exists()
+
+
+def test_one_checkout_runs_once_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(comfyui_server, "LOCK_SECONDS", 0.3)
+    folder = checkout(tmp_path / "ComfyUI")
+    first = open_server(known(folder), CPU, None)
+    assert failed(folder).name == "comfyui-in-use"
+    first.close()
+    open_server(known(folder), CPU, None).close()
+    assert len(started(folder)) == 2
+
+
+def test_a_port_that_was_taken_meanwhile_is_not_the_end(tmp_path):
+    folder = checkout(tmp_path / "ComfyUI", taken=1)
+    open_server(known(folder), CPU, None).close()
+    ports = [given[given.index("--port") + 1] for given, _ in started(folder)]
+    assert len(set(ports)) == 2
+
+
+def test_a_port_that_is_taken_each_time(tmp_path):
+    assert failed(checkout(tmp_path / "ComfyUI", taken=99)).name == "port-in-use"
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "said"),
+    [
+        ({"fail": "SyntaxError: what is this"}, "comfyui-start", "SyntaxError: what is this"),
+        ({"fail": "ModuleNotFoundError: No module named 'torchsde'"}, "module-missing", "torchsde"),
+        ({"version": "0.9.1"}, "comfyui-too-old", "0.9.1"),
+        ({"status": {"/system_stats": 403}}, "origin-mismatch", "403"),
+    ],
+    ids=["broken", "a requirement lacks", "from before klein", "it refuses"],
+)
+def test_a_comfyui_that_does_not_start_says_why(tmp_path, options, name, said):
+    problem = failed(checkout(tmp_path / "ComfyUI", **options))
+    assert problem.name == name
+    assert said in f"{problem.what} {problem.why}"
+    wait_until(lambda: not any(psutil.pid_exists(pid) for _, pid in started(tmp_path / "ComfyUI")))
+
+
+def test_a_python_that_is_not_there(tmp_path):
+    folder = checkout(tmp_path / "ComfyUI")
+    with pytest.raises(KleinctlError) as failure:
+        open_server(replace(known(folder), python=tmp_path / "python"), CPU, None)
+    assert failure.value.problem.name == "comfyui-start"
+    assert "No such file" in failure.value.problem.why
+
+
+WORKER = """
+import sys, time
+from pathlib import Path
+from kleinctl.backends import Budget
+from kleinctl.comfyui import Checkout
+from kleinctl_plugins.comfyui_server import open_server
+folder, url = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None
+server = open_server(Checkout(folder, Path(sys.executable), True, url=url), Budget(0, 0, "cpu"), None)
+server.watch("job-1")
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def worker(*arguments):
+    """A process that holds a server with a job under way."""
+    command = [sys.executable, "-c", WORKER, *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPOSITORY, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_nothing_is_left_when_the_worker_is_killed(tmp_path):
+    folder = checkout(tmp_path / "ComfyUI")
+    process = worker(folder)
+    ((_, pid),) = started(folder)
+    assert psutil.pid_exists(pid)
+    process.kill()
+    process.wait()
+    wait_until(lambda: not psutil.pid_exists(pid))
+
+
+def test_a_job_is_taken_back_from_a_server_that_goes_on_when_the_worker_is_killed(tmp_path):
+    with Double() as double:
+        process = worker(tmp_path, double.url)
+        process.kill()
+        process.wait()
+        wait_until(lambda: double.asked("/interrupt"))
+        assert double.asked("/queue") == [{"delete": ["job-1"]}]
+        assert double.asked("/interrupt") == [{"prompt_id": "job-1"}]
+        assert not double.asked("/free")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own way, of Linux")
+def test_a_server_does_not_outlive_what_watches_over_it(tmp_path):
+    folder = checkout(tmp_path / "ComfyUI")
+    server = open_server(known(folder), CPU, None)
+    ((_, pid),) = started(folder)
+    os.kill(psutil.Process(pid).ppid(), signal.SIGKILL)
+    wait_until(lambda: not psutil.pid_exists(pid))
+    with pytest.raises(KleinctlError):
+        server.alive()
+    server.close()
+
+
+def test_a_server_that_goes_on_is_freed_and_left(tmp_path):
+    with Double() as double:
+        open_server(known(tmp_path, url=double.url), CPU, None).close()
+        assert double.asked("/free") == [{"unload_models": True, "free_memory": True}]
+        assert open_server(known(tmp_path, url=double.url), CPU, None).client.ask("/queue")
+
+
+# How it is started
+
+
+def test_a_budget_leaves_the_rest_of_what_is_free(tmp_path):
+    from kleinctl.hardware.catalogue import imagine
+
+    hardware = imagine("RTX 4070 Ti SUPER", 32 * GIB)
+    free = hardware.gpus[0].vram_free_bytes
+    given = arguments(known(tmp_path), 1, Budget(free - 3 * GIB, 0, "cuda:0", hardware), None)
+    assert given[given.index("--reserve-vram") + 1] == "3.00"
+    assert not {"--cpu", "--disable-dynamic-vram", "--lowvram", "--highvram"} & set(given)
+
+
+def test_the_users_own_arguments_stay_but_for_those_that_are_ours(tmp_path):
+    theirs = ("--port", "8188", "--listen", "--fast", "fp16_accumulation", "--auto-launch", "--output-directory=/x")
+    given = arguments(known(tmp_path, arguments=theirs, base=tmp_path / "base"), 9000, CPU, None)
+    assert given[:2] == ["--fast", "fp16_accumulation"]
+    assert given.count("--port") == given.count("--listen") == 1
+    assert "--output-directory=/x" not in given
+    assert given[given.index("--base-directory") + 1] == str(tmp_path / "base")
+
+
+def test_settings_of_the_worker_are_not_for_comfyui():
+    given = comfyui_server.environment({"PYTHONPATH": "/x", "PYTORCH_CUDA_ALLOC_CONF": "y", "PATH": "/bin"})
+    assert given == {"PATH": "/bin", "PYTHONUTF8": "1", "PYTHONNOUSERSITE": "1"}
