@@ -26,6 +26,8 @@ REMEMBERED, FOLDER_BYTES = 32, 512 * 2**20
 PARTIAL_SECONDS = 3600
 #: Roles of parts that have no say in what a prompt becomes.
 OTHER_ROLES = ("licence", "scheduler", "transformer", "vae")
+#: In place of the sha256 of a part that was not hashed: nothing that comes of it outlives the session.
+UNKNOWN = "unknown"
 
 
 class Embeddings:
@@ -33,8 +35,9 @@ class Embeddings:
 
     def __init__(self, model: InstalledModel, device: str) -> None:
         self._remembered: OrderedDict[str, Any] = OrderedDict()
-        self._folder = model.cache / "embeddings" if model.cache and model.parts else None
         self._decides = _decides(model, device)
+        known = bool(model.parts) and UNKNOWN not in self._decides["parts"].values()
+        self._folder = model.cache / "embeddings" if model.cache and known else None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="embeddings")
 
     def get(self, prompt: str, precision: str = "") -> Any:

@@ -122,7 +122,8 @@ class Task:
 
     def rate(self, host: int) -> float:
         """Bytes a second to the device from `host` bytes of host memory, of which some may not be pinned."""
-        pinned = 1.0 if self.pin_bytes is None or host <= self.pin_bytes else self.pin_bytes / host
+        can = host if self.pin_bytes is None else max(0, self.pin_bytes - READER_BYTES)  # the readers pin theirs first
+        pinned = 1.0 if host <= can else can / host
         return 1 / (pinned / self.copy_rate + (1 - pinned) / self.pageable_rate)
 
 

@@ -23,6 +23,14 @@ kleinctl_api = 1
 
 #: Side and overlap in pixels of the tiles that a picture is decoded in where nothing else fits.
 TILE, OVERLAP = 512, 128
+#: What cuDNN, cuBLAS and the driver say when they want memory beside torch's and there is none. (cuDNN's engines are
+#: tried in turn, and torch takes a lack of room for their workspaces as "no engine".)
+NO_MEMORY = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "was unable to find an engine to execute this computation",
+)
 #: On a processor there is one memory for both.
 UNBOUNDED = 2**63
 
@@ -202,6 +210,7 @@ class Session:
             latents = self._denoised.pop(job, None)
             if latents is None:
                 latents, plan = self._latents(job, plan, progress)
+            latents = latents.to(self.budget.device)
             picture, plan = self._staged(lambda plan: self._decode(plan, latents, progress), plan, job)
             self._come_back(plan)
         self.strategy = plan.strategy
@@ -219,7 +228,7 @@ class Session:
                 progress("encode", number + 1, len(jobs))
             staged = [job for job in jobs if self._plan(job).transformer.way == "staged"]
             for number, job in enumerate(staged):
-                self._denoised[job] = self._latents(job, self._plan(job), _silent)[0]
+                self._denoised[job] = self._latents(job, self._plan(job), _silent)[0].cpu()
                 progress("denoise", number + 1, len(staged))
 
     def _latents(self, job: Job, plan: Holding, progress: Any) -> tuple[Any, Holding]:
@@ -228,20 +237,23 @@ class Session:
         return self._staged(lambda plan: self._denoise(plan, job, embeds, references, progress), plan, job)
 
     def _come_back(self, plan: Holding) -> None:
-        """Bring back what was dropped for the decode, while the picture is written to its file."""
+        """Bring back what was dropped for the decode, while the picture is written to its file.
+
+        What cannot come now is not missed before the next picture.
+        """
+        import torch
+
         self._release()
-        self._hold(plan, self.transformer, plan.transformer.kept)
-        if plan.encoder.way == "resident":
-            self._hold(plan, self.encoder, plan.encoder.resident)
+        with contextlib.suppress(torch.OutOfMemoryError, OSError):
+            self._hold(plan, self.transformer, plan.transformer.kept)
+            if plan.encoder.way == "resident":
+                self._hold(plan, self.encoder, plan.encoder.resident)
 
     def _hold(self, plan: Holding, component: Component, resident: Sequence[str]) -> None:
-        """Hold `resident` on the device and what the plan says on the host, within the RAM of the budget."""
-        both = ((self.encoder, plan.encoder), (self.transformer, plan.transformer))
-        host = next(held.host for each, held in both if each is component)
-        coming = sum(unit.bytes for name, unit in component.units.items() if name in host and unit.host is None)
-        if self.encoder.host_bytes + self.transformer.host_bytes + coming > self._host:
-            for each, held in both:
-                each.forget([name for name in each.units if name not in held.host], self.reader)
+        """Hold `resident` on the device, and on the host what the plan says; what an earlier plan left there goes."""
+        for each, held in ((self.encoder, plan.encoder), (self.transformer, plan.transformer)):
+            each.forget([name for name in each.units if name not in held.host], self.reader)
+        host = plan.encoder.host if component is self.encoder else plan.transformer.host
         component.hold(resident, host, self.reader)
 
     def _room_now(self) -> int:
@@ -259,8 +271,12 @@ class Session:
         room = self._room_now()
         if room < self._room * holding.STEP:
             figures = f"{room / 2**30:.1f}", f"{self._room / 2**30:.1f} GiB"
-            self.warnings.append("other programs have taken VRAM: {} of {} are left to plan with".format(*figures))
+            self._warn("other programs have taken VRAM: {} of {} are left to plan with".format(*figures))
         return holding.best(self._task(job), room, self._host, self.ways)
+
+    def _warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
 
     def _task(self, job: Job) -> Task:
         task = Task.of(self.model.manifest, self._hardware, job)
@@ -278,22 +294,21 @@ class Session:
         """A stage's result, and the plan it was made by: a smaller one where the card's memory ran out meanwhile.
 
         Raises:
-            torch.OutOfMemoryError: it does not fit at all; what earlier stages made is lost only then.
+            RuntimeError: it does not fit at all; what earlier stages made is lost only then.
         """
-        import torch
-
         while True:
             try:
                 return stage(plan), plan
-            except torch.OutOfMemoryError:
-                self._let_go()
-                smaller = holding.smaller(self._task(job), plan, self._host, self.ways)
+            except RuntimeError as error:
+                smaller = holding.smaller(self._task(job), plan, self._host, self.ways) if _ran_out(error) else None
                 if smaller is None:
+                    self._let_go()
                     raise
-                self._room = int(plan.vram_bytes * holding.STEP)  # what did not fit once is not tried again
-                figures = f"{plan.vram_bytes / 2**30:.1f} GiB", f"{smaller.vram_bytes / 2**30:.1f} GiB"
-                self.warnings.append("VRAM ran out with a plan for {}; it went on with one for {}".format(*figures))
-                plan = smaller
+            self._let_go()  # after the error is gone, for until then it holds what was being computed
+            self._room = int(plan.vram_bytes * holding.STEP)  # what did not fit once is not tried again
+            figures = f"{plan.vram_bytes / 2**30:.1f} GiB", f"{smaller.vram_bytes / 2**30:.1f} GiB"
+            self._warn("VRAM ran out with a plan for {}; it went on with one for {}".format(*figures))
+            plan = smaller
 
     def _let_go(self) -> None:
         for component in (self.encoder, self.transformer):
@@ -313,6 +328,7 @@ class Session:
 
     def _encode_new(self, plan: Holding, prompts: Sequence[str], precision: str, progress: Any) -> None:
         progress("load", 0, 1)
+        self.encoder.drop(name for name in self.encoder.units if name not in plan.encoder.resident)  # of another plan
         self._hold(plan, self.transformer, plan.transformer.kept)
         self._hold(plan, self.encoder, plan.encoder.resident)
         progress("encode", 0, 1)
@@ -328,8 +344,8 @@ class Session:
         The transformer comes when the pipeline calls it: until then the VAE has the room, to encode reference pictures.
         """
         progress("load", 0, 1)
-        if plan.encoder.way == "staged":
-            self.encoder.drop(plan.encoder.resident)
+        beside = () if plan.encoder.way == "staged" else plan.encoder.resident
+        self.encoder.drop(name for name in self.encoder.units if name not in beside)
         if references:
             self._drop_all_but_kept(plan)
         self._release()
@@ -366,26 +382,32 @@ class Session:
             component.drop([name for name in component.units if name not in held.kept])
 
     def _decode(self, plan: Holding, latents: Any, progress: Any) -> Any:
-        import torch
-
         progress("decode", 0, 1)
         self._drop_all_but_kept(plan)
         self._release()
-        try:
-            decoded = self._decode_in_tiles(latents) if plan.tiles else self.vae.decode(latents, return_dict=False)[0]
-        except torch.OutOfMemoryError:
-            self._let_go()
+        decoded = None if plan.tiles else self._decode_whole(latents)
+        if decoded is None:
             decoded = self._decode_in_tiles(latents)
         picture = self.pipe.image_processor.postprocess(decoded, output_type="pil")[0]
         progress("decode", 1, 1)
         return picture
 
+    def _decode_whole(self, latents: Any) -> Any:
+        """Beside the weights that the plan keeps; where that does not fit, alone; None where neither does."""
+        for _ in range(2):
+            try:
+                return self.vae.decode(latents, return_dict=False)[0]
+            except RuntimeError as error:
+                if not _ran_out(error):
+                    raise
+            self._let_go()  # after the error is gone, for until then it holds what was being computed
+            self._warn("VRAM ran out while the picture was decoded; weights made way for it")
+        return None
+
     def _decode_in_tiles(self, latents: Any) -> Any:
         """Where the whole does not fit with nothing else on the card: near the same picture, seams apart."""
         self.tiling = TILE, OVERLAP
-        self.warnings.append(
-            "the picture was decoded in tiles, for want of VRAM: it differs a little from a whole decode"
-        )
+        self._warn("the picture was decoded in tiles, for want of VRAM: it differs a little from a whole decode")
         self.vae.use_tiling, self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = True, TILE, TILE // 8
         try:
             return self.vae.decode(latents, return_dict=False)[0]
@@ -408,6 +430,8 @@ class Session:
         self._denoised.clear()
         self._embeddings.close()
         self.reader.close()
+        for component in (self.encoder, self.transformer):
+            component.forget(list(component.units), self.reader)
         self.pipe = self.vae = None
         gc.collect()
         self._release()
@@ -416,6 +440,13 @@ class Session:
 def _first_seconds(weights: int, hardware: Hardware) -> float:
     """From process start until `weights` bytes are where they compute: they are read while libraries are imported."""
     return max(memory.start_seconds(hardware), memory.read_seconds(weights, hardware, warm=False))
+
+
+def _ran_out(error: RuntimeError) -> bool:
+    """Whether it says that the card's memory has run out."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
 def _silent(stage: str, done: int, total: int) -> None:

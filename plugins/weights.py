@@ -16,7 +16,7 @@ import mmap
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,13 @@ class Unit:
             own = self.parameters[piece.name]
             own.data = buffer[piece.at : piece.at + piece.held_bytes].view(own.dtype).view(piece.shape)
 
+    def arrive(self) -> None:
+        """Wait for what was read ahead. Where that failed it is as if it had not been tried: it can be read again."""
+        coming, self.coming = self.coming, None
+        if coming is not None:
+            with contextlib.suppress(OSError, CancelledError):
+                self.host = coming.result()
+
     def unbind(self) -> None:
         """Let the parameters hold nothing."""
         for own in self.parameters.values():
@@ -103,17 +110,27 @@ class Component:
     def hold(self, resident: Iterable[str], host: Iterable[str], reader: Reader) -> None:
         """Bring units onto the device and into host memory, and drop the others from the device.
 
-        Those that are neither resident nor in host memory cannot be used until the next call.
+        Those that are neither resident nor in host memory cannot be used until the next call. Where it fails, nothing
+        is left that is half read.
         """
         wanted, kept = set(resident), set(host)
         self.drop(name for name in self.units if name not in wanted)
         for unit in self.units.values():
-            if unit.coming is not None and (unit.name in kept or unit.name in wanted):
-                unit.host, unit.coming = unit.coming.result(), None
+            if unit.name in kept or unit.name in wanted:
+                unit.arrive()
         missing = [self.units[name] for name in self.units if name in kept and self.units[name].host is None]
+        coming = [self.units[name] for name in self.units if name in wanted and self.units[name].device is None]
+        try:
+            self._bring(missing, coming, reader)
+        except BaseException:
+            self.drop(unit.name for unit in coming)
+            self.forget([unit.name for unit in missing], reader)
+            raise
+
+    def _bring(self, missing: Sequence[Unit], coming: Sequence[Unit], reader: Reader) -> None:
+        """Read `missing` into host memory, and bring `coming` onto the device."""
         for unit in missing:
             unit.host = reader.pinned(host_memory(unit.bytes)) if unit.bytes else reader.nothing()
-        coming = [self.units[name] for name in self.units if name in wanted and self.units[name].device is None]
         reader.fill([(unit, unit.host) for unit in missing])
         for unit in coming:
             unit.device = reader.empty(unit.bytes)
@@ -136,8 +153,7 @@ class Component:
         """Let units go from host memory."""
         for name in names:
             unit = self.units[name]
-            if unit.coming is not None:
-                unit.host, unit.coming = unit.coming.result(), None
+            unit.arrive()
             if unit.host is not None:
                 reader.free(unit.host)
                 unit.host = None
@@ -266,7 +282,8 @@ class Reader:
     """Reads weights from files: several threads at once, into host memory or through pinned slots to the device.
 
     `pinned_bytes` are pinned now; `pin_limit` is how far pinning went where the system refused more (WSL, containers),
-    and None as long as it did not. Memory that is not pinned works, and is copied more slowly.
+    and None as long as it did not; up to there memory is pinned again after other was let go. Memory that is not pinned
+    works, and is copied more slowly.
     """
 
     def __init__(self, device: str) -> None:
@@ -280,6 +297,7 @@ class Reader:
         self._early = ThreadPoolExecutor(1, thread_name_prefix="pin")
         self._lock = threading.Lock()
         self._pinned: dict[int, int] = {}
+        self._ahead: EarlyReader | None = None
         self._start: Any = None
         self._slots: deque[Any] = deque()
         if self.cuda:  # before anything else is pinned: all reading goes through them
@@ -307,7 +325,7 @@ class Reader:
         import torch
 
         memory = torch.frombuffer(pages, dtype=torch.uint8)
-        if self.cuda and self.pin_limit is None:
+        if self.cuda and (self.pin_limit is None or self.pinned_bytes + len(memory) <= self.pin_limit):
             error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), len(memory), 0))
             with self._lock:
                 if error:
@@ -315,7 +333,16 @@ class Reader:
                 else:
                     self.pinned_bytes += len(memory)
                     self._pinned[memory.data_ptr()] = len(memory)
+            if error:
+                self._take_back_error()
         return memory
+
+    def _take_back_error(self) -> None:
+        """CUDA keeps a refusal for the thread, and torch takes it for that of the next kernel: let it be this one."""
+        import torch
+
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=self.device).add_(1)
 
     def free(self, memory: Any) -> None:
         """Unpin host memory that is not needed any more; it goes with its last reference."""
@@ -330,6 +357,7 @@ class Reader:
 
     def take(self, early: EarlyReader, components: Mapping[str, Component]) -> None:
         """Pin what `early` reads, as it comes, while the rest of the session is being made."""
+        self._ahead = early
         for name, found in early.memory.items():
             for unit, filling in found.items():
                 components[name].units[unit].coming = self._early.submit(self._pin_filled, filling)
@@ -356,6 +384,7 @@ class Reader:
         self._start = torch.cuda.Event()  # what lay where the buffers are now may still be in use
         self._start.record()
         waiting: list[Future[None]] = [self._pool.submit(self._read, *each) for each in runs]
+        wait(waiting)  # all of them: when one fails, the others still use their buffers
         for future in waiting:
             future.result()
 
@@ -387,24 +416,29 @@ class Reader:
             for start in range(0, len(target), SLOT_BYTES):
                 part = target[start : start + SLOT_BYTES]
                 memory, sent = self._slots.popleft()
-                sent.synchronize()
-                pread(path, offset + start, memoryview(memory[: len(part)].numpy()))
-                part.copy_(memory[: len(part)], non_blocking=True)
-                sent.record()
-                self._slots.append((memory, sent))
+                try:
+                    sent.synchronize()
+                    pread(path, offset + start, memoryview(memory[: len(part)].numpy()))
+                    part.copy_(memory[: len(part)], non_blocking=True)
+                    sent.record()
+                finally:
+                    self._slots.append((memory, sent))
             stream.synchronize()
 
     def close(self) -> None:
         """Give the memory back."""
         import torch
 
-        self._early.shutdown()
+        if self._ahead is not None:
+            self._ahead.close()
+        self._early.shutdown(cancel_futures=True)
         self._pool.shutdown()
         if self.cuda:
             torch.cuda.synchronize()
             for address in self._pinned:
                 torch.cuda.cudart().cudaHostUnregister(address)
         self._pinned.clear()
+        self.pinned_bytes = 0
 
 
 def Embedding(files: Sequence[Path], name: str, device: str, dtype: Any) -> Any:

@@ -138,6 +138,18 @@ def test_a_worker_that_cannot_write_removes_what_it_wrote(tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
+def test_a_picture_that_found_no_room_on_the_disk_is_not_drawn_again(tmp_path):
+    stages = []
+    with ProcessExecutor().start(PYTHON, ECHO) as worker:
+        worker.ask(load("echo", ECHO), nothing)
+        with pytest.raises(KleinctlError):
+            worker.ask(generate(tmp_path / "missing"), nothing)
+        made = worker.ask(generate(tmp_path), lambda progress: stages.append(progress.stage))
+        assert stages == ["save"] and (tmp_path / "out.png").exists()
+        other = worker.ask(generate(tmp_path, seed=8), lambda progress: stages.append(progress.stage))
+    assert "denoise" in stages and other.pixels_sha256 != made.pixels_sha256
+
+
 def test_a_worker_that_crashes(tmp_path):
     problem = problem_of("exits-later", tmp_path)
     assert problem.what == "the worker crashed"

@@ -160,6 +160,8 @@ class Worker:
         self._session: Any = None
         self._loaded: Loaded | None = None
         self._max_tokens = 0
+        #: A picture that could not be written, as on a full disk: asked for again, it need not be drawn again.
+        self._unwritten: dict[Job, Any] = {}
 
     def answer(self, request: Message | None) -> Message:
         """The reply to one request; whatever goes wrong becomes a `Failed`, its traceback goes to the log."""
@@ -221,7 +223,10 @@ class Worker:
         self._watch = Stopwatch(self._line.send, self._device.synchronize, measure=self._device.measure)
         for path in request.job.images:
             _decode_reference(path)
-        image = self._session.generate(request.job, self._watch).convert("RGB")
+        image = self._unwritten.get(request.job)
+        if image is None:
+            image = self._session.generate(request.job, self._watch).convert("RGB")
+        self._unwritten = {request.job: image}
         self._watch("save", 0, 1)
         warnings = (*self._new_warnings(), *_remarks(image, request.job))
         record = {
@@ -237,6 +242,7 @@ class Worker:
             pixels = beside.submit(lambda: hashlib.sha256(image.tobytes()).hexdigest())
             digest, output = write_png(image, record, request.partial, request.output, request.first)
         self._line.partial = None
+        self._unwritten = {}
         peak, source = self._device.peak_vram()
         return Made(
             sha256=digest,
