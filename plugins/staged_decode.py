@@ -31,6 +31,8 @@ NO_MEMORY = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "was unable to find an engine to execute this computation",
 )
+#: Pictures for which what did not fit is not tried again: who took the memory may have given it back by then.
+WARY = 10
 #: On a processor there is one memory for both.
 UNBOUNDED = 2**63
 
@@ -131,7 +133,8 @@ class Session:
         self.tiling: tuple[int, int] | None = None
         self._said_pinning = False
         self._dtype = getattr(torch, model.manifest.dtype)
-        self._room = budget.vram_bytes if self.on_card else budget.ram_bytes
+        self._room = self._whole_room = budget.vram_bytes if self.on_card else budget.ram_bytes
+        self._wary = 0
         self._host = max(0, budget.ram_bytes - memory.PROCESS_BYTES) if self.on_card else UNBOUNDED
         self._hardware = budget.hardware or _hardware(budget)
         self._embeddings = Embeddings(model, budget.device)
@@ -203,6 +206,10 @@ class Session:
 
     def generate(self, job: Job, progress: Any) -> Any:
         import torch
+
+        self._wary = max(0, self._wary - 1)
+        if not self._wary:
+            self._room = self._whole_room
 
         self.tiling, self.warnings = None, []
         plan = self._plan(job)
@@ -305,7 +312,7 @@ class Session:
                     self._let_go()
                     raise
             self._let_go()  # after the error is gone, for until then it holds what was being computed
-            self._room = int(plan.vram_bytes * holding.STEP)  # what did not fit once is not tried again
+            self._room, self._wary = int(plan.vram_bytes * holding.STEP), WARY
             figures = f"{plan.vram_bytes / 2**30:.1f} GiB", f"{smaller.vram_bytes / 2**30:.1f} GiB"
             self._warn("VRAM ran out with a plan for {}; it went on with one for {}".format(*figures))
             plan = smaller

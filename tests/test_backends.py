@@ -151,6 +151,12 @@ def test_memory_that_runs_out_while_denoising_means_a_smaller_plan_and_the_same_
     picture = draw(tight, CIRCLE)
     assert same([picture, draw(sessions["offload"], CIRCLE)])
     assert tight.warnings[0].startswith("VRAM ran out with a plan for ")
+    quick = replace(CIRCLE, steps=1)
+    strategies = []
+    for _ in range(10):
+        draw(tight, quick)
+        strategies.append(tight.strategy)
+    assert strategies[0] != "resident" and strategies[-1] == "resident"  # the memory may be there again
     tight.close()
 
 
