@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import time
 import urllib.error
@@ -37,13 +38,20 @@ def check(url: str, changes: Mapping[str, Any]) -> None:
     Raises:
         Misuse: it is not on this machine, or an edit is wanted.
     """
-    host = urlsplit(url).hostname or ""
-    if urlsplit(url).scheme != "http" or host not in ("127.0.0.1", "localhost", "::1"):
+    if not _is_here(url):
         why = f"Found is {url[:80]}; bench asks a server on this machine alone."
         raise Misuse(Problem("--url is no server on this machine", why, "--url http://127.0.0.1:8188", name="usage"))
     if changes.get("images"):
         why = "The graph that is sent draws from text alone."
         raise Misuse(Problem("--image cannot be compared with ComfyUI", why, "--against diffusers", name="usage"))
+
+
+def _is_here(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme == "http" and parts.hostname in ("127.0.0.1", "localhost", "::1") and parts.port != 0
+    except ValueError:
+        return False
 
 
 @contextlib.contextmanager
@@ -53,11 +61,17 @@ def comfyui(url: str, model: Model) -> Iterator[Opened]:
     Raises:
         KleinctlError: it does not answer, or lacks the model.
     """
-    version = str(ask(url, "/system_stats").get("system", {}).get("comfyui_version", "unknown"))
+    system = ask(url, "/system_stats").get("system")
+    version = str(system.get("comfyui_version", "unknown")) if isinstance(system, dict) else "unknown"
     files = model_files(url, model)
 
     def draw(job: Job, output: Path) -> tuple[str, Mapping[str, float]]:
-        finished(url, ask(url, "/prompt", {"prompt": graph(model, job, files)}))
+        queued = ask(url, "/prompt", {"prompt": graph(model, job, files)})
+        try:
+            finished(url, queued)
+        except BaseException:  # Ctrl-C as well
+            _take_back(url, queued)
+            raise
         return "", {}
 
     yield Opened(draw, lambda: f"server with {files['unet_name']}", {"comfyui": version})
@@ -158,7 +172,8 @@ def finished(url: str, queued: Mapping[str, Any]) -> None:
     end = time.monotonic() + PICTURE_SECONDS
     while time.monotonic() < end:
         entry = ask(url, f"/history/{quote(number, safe='')}").get(number)
-        status = entry.get("status", {}) if isinstance(entry, dict) else {}
+        status = entry.get("status") if isinstance(entry, dict) else None
+        status = status if isinstance(status, dict) else {}
         if status.get("status_str") == "error":
             raise _refused(_said(status))
         if status.get("completed"):
@@ -167,11 +182,26 @@ def finished(url: str, queued: Mapping[str, Any]) -> None:
     raise _refused(f"no picture within {PICTURE_SECONDS:.0f} seconds")
 
 
+def _take_back(url: str, queued: Mapping[str, Any]) -> None:
+    """Take a prompt out of the queue, and end it where it runs; without an id the server would end anybody's."""
+    if number := queued.get("prompt_id"):
+        with contextlib.suppress(KleinctlError):
+            ask(url, "/queue", {"delete": [number]})
+            ask(url, "/interrupt", {"prompt_id": number})
+
+
 def _said(status: Mapping[str, Any]) -> str:
     for message in status.get("messages", ()):
         if isinstance(message, list) and message[:1] == ["execution_error"] and isinstance(message[-1], dict):
             return f"{message[-1].get('node_type')}: {message[-1].get('exception_message')}"
     return "it does not say why"
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """A server of this machine does not send us to another."""
+
+    def redirect_request(self, *asked: Any) -> None:
+        return None
 
 
 def ask(url: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -182,15 +212,15 @@ def ask(url: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str,
     """
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url.rstrip("/") + path, data, {"Content-Type": "application/json"})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Stay)
     try:
         with opener.open(request, timeout=ANSWER_SECONDS) as answer:
             text = answer.read(MAX_BYTES)
         found = json.loads(text) if text.strip() else {}
     except urllib.error.HTTPError as error:
         raise _refused(f"HTTP {error.code}: {error.read(2000).decode('utf-8', 'replace')}") from None
-    except (OSError, ValueError) as error:
-        why = f"{url}{path} gave no answer: {getattr(error, 'reason', error)}."
+    except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
+        why = f"{url}{path} gave no answer: {getattr(error, 'reason', error) or type(error).__name__}."
         fix = "start ComfyUI, then: kleinctl bench --against comfyui --url http://127.0.0.1:8188"
         raise KleinctlError(Problem("the ComfyUI server does not answer", why, fix, name="comfyui-silent")) from None
     return found if isinstance(found, dict) else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -58,14 +59,18 @@ class Client:
     """
 
     def __init__(self, url: str, alive: Callable[[], None] = lambda: None) -> None:
-        parts = urlsplit(url)
-        if parts.scheme != "http" or (parts.hostname or "") not in ("127.0.0.1", "localhost", "::1"):
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname or "", parts.port or 80
+        except ValueError:  # a port that is none, a bracket that is not closed
+            host, port = "", 0
+        if host not in ("127.0.0.1", "localhost", "::1") or parts.scheme != "http":
             why = f"Found is {url[:80]}; kleinctl asks a ComfyUI on this machine alone."
             raise KleinctlError(
                 Problem("the ComfyUI server is not on this machine", why, "http://127.0.0.1:8188", name="usage")
             )
         self.url, self.id = url.rstrip("/"), uuid.uuid4().hex
-        self._host, self._port, self._alive = parts.hostname or "", parts.port or 80, alive
+        self._host, self._port, self._alive = host, port, alive
 
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The answer to a GET (with `body`: a POST) as JSON; an empty mapping where it is empty.
@@ -103,6 +108,11 @@ class Client:
         self.ask("/queue", {"delete": [prompt]})
         self.ask("/interrupt", {"prompt_id": prompt})
 
+    def idle(self) -> bool:
+        """Whether nobody's job runs or waits."""
+        queue = self.ask("/queue")
+        return not _entries(queue, "queue_running") and not _entries(queue, "queue_pending")
+
     def free(self) -> None:
         """Let the server drop its models and what it has cached."""
         self.ask("/free", {"unload_models": True, "free_memory": True})
@@ -118,19 +128,30 @@ class Client:
             KleinctlError: the server does not answer, or its queue hangs.
         """
         with self._events() as events:
-            answer = self.ask("/prompt", {"prompt": graph, "client_id": self.id})
-            prompt = str(_mapping(answer).get("prompt_id", ""))
+            prompt = _mapping(self.ask("/prompt", {"prompt": graph, "client_id": self.id})).get("prompt_id")
+            if not isinstance(prompt, str) or not prompt:  # without an id `/interrupt` would end anybody's job
+                raise self._silent("/prompt gave no prompt_id")
             queued(prompt)
-            return _picture(self._wait(prompt, events, told))
+            try:
+                return _picture(self._wait(prompt, events, told))
+            except Failed:
+                raise
+            except Exception:
+                with contextlib.suppress(Refused, KleinctlError):
+                    self.stop(prompt)
+                raise
 
     def _wait(self, prompt: str, events: _Events, told: Told) -> Mapping[str, Any]:
-        """The prompt's entry in the history, once it is there."""
-        moved, gone, place = time.monotonic(), 0, None
+        """The prompt's entry in the history, once it is there; it is looked for though events come without end."""
+        moved = looked = time.monotonic()
+        gone, place = 0, None
         while True:
             event = events.next(LOOK_SECONDS)
             if event is not None and not _ends(event, prompt):
                 moved = _tell(event, prompt, told) or moved
-                continue
+                if time.monotonic() - looked < LOOK_SECONDS:
+                    continue
+            looked = time.monotonic()
             entry = self._history(prompt)
             if entry:
                 return entry
@@ -143,7 +164,6 @@ class Client:
             if place:
                 told("", place, 0)
             if time.monotonic() - moved > HANG_SECONDS:
-                self.stop(prompt)
                 raise self._hangs(place or 0)
 
     def _history(self, prompt: str) -> Mapping[str, Any]:
@@ -155,7 +175,7 @@ class Client:
         """How many jobs are before a prompt in the queue, 0 where it runs; None where it is not there."""
         queue = self.ask("/queue")
         running = [entry[1] for entry in _entries(queue, "queue_running")]
-        pending = [entry[1] for entry in sorted(_entries(queue, "queue_pending"), key=lambda entry: entry[0])]
+        pending = [entry[1] for entry in sorted(_entries(queue, "queue_pending"), key=lambda entry: _number(entry[0]))]
         if prompt in running:
             return 0
         return len(running) + pending.index(prompt) if prompt in pending else None
@@ -215,7 +235,12 @@ class _Events:
         self._socket: Any = None
         with contextlib.suppress(*self._errors):
             # A browser's Origin is what ComfyUI compares with Host; a program sends none.
-            self._socket = websocket.create_connection(url, timeout=ANSWER_SECONDS, suppress_origin=True)
+            # With a connection of our own no proxy that the environment names is asked.
+            parts = urlsplit(url)
+            connected = socket.create_connection((parts.hostname, parts.port or 80), ANSWER_SECONDS)
+            self._socket = websocket.create_connection(
+                url, ANSWER_SECONDS, socket=connected, suppress_origin=True, redirect_limit=0
+            )
 
     def next(self, seconds: float) -> dict[str, Any] | None:
         """The next message, or None after so many seconds. Previews, which are binary, are left out."""
@@ -229,7 +254,7 @@ class _Events:
             return event if isinstance(event, dict) else {}
         except self._timeout:
             return None
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         except self._errors:
             self.close()
@@ -268,26 +293,32 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) else 0.0
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 2**31 else 0.0
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _entries(queue: Any, key: str) -> list[Any]:
-    return [each for each in _mapping(queue).get(key) or () if isinstance(each, list) and len(each) > 1]
+    return [each for each in _list(_mapping(queue).get(key)) if isinstance(each, list) and len(each) > 1]
 
 
 def _picture(entry: Mapping[str, Any]) -> Picture:
-    """The first picture of a prompt that has ended.
+    """The first picture of a prompt that has ended: one that was saved before those that were merely shown.
 
     Raises:
         Failed: it has none.
     """
-    for message in entry["status"].get("messages") or ():
+    for message in _list(_mapping(entry.get("status")).get("messages")):
         name, said = message if isinstance(message, list) and len(message) == 2 else ("", {})
         if name == "execution_error":
             raise Failed(_mapping(said))
         if name == "execution_interrupted":
             raise Failed({**_mapping(said), "exception_message": "the job was interrupted, here or on ComfyUI's page"})
-    for output in _mapping(entry.get("outputs")).values():
-        for image in map(_mapping, _mapping(output).get("images") or ()):
-            return Picture(*(str(image.get(key, "")) for key in ("filename", "subfolder", "type")))
+    shown = [
+        image for output in _mapping(entry.get("outputs")).values() for image in _list(_mapping(output).get("images"))
+    ]
+    for image in sorted(map(_mapping, shown), key=lambda image: image.get("type") != "output"):
+        return Picture(*(str(image.get(key, "")) for key in ("filename", "subfolder", "type")))
     raise Failed({"exception_message": "it gave no picture; is there a SaveImage node in the workflow?"})

@@ -33,11 +33,13 @@ def loads(api: Mapping[str, Mapping[str, Any]]) -> list[Load]:
     """The weights that a graph loads."""
     known = {each["node"]: each for each in catalogue()["loader"] if each["role"] in ROLES}
     found = []
-    for node in api.values():
-        loader = known.get(str(node.get("class_type")))
-        for key in loader["inputs"] if loader else ():
-            name = (node.get("inputs") or {}).get(key)
-            if loader and isinstance(name, str):
+    for node in (each for each in api.values() if isinstance(each, dict)):
+        loader, inputs = known.get(str(node.get("class_type"))), node.get("inputs")
+        if loader is None or not isinstance(inputs, dict):
+            continue
+        for key in loader["inputs"]:
+            name = inputs.get(key)
+            if isinstance(name, str):
                 found.append(Load(loader["kind"], loader["role"], name))
     return found
 

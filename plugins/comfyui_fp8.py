@@ -362,12 +362,12 @@ class Session:
         """Whether a job that the server remembers used the name before the file was written."""
         try:
             history = self.server.client.ask("/history?max_items=64")
-        except Refused:
+        except (Refused, KleinctlError):  # it is too long, for one
             return False
         written = path.stat().st_mtime * 1000
         for entry in history.values() if isinstance(history, dict) else ():
-            prompt = entry.get("prompt") or [] if isinstance(entry, dict) else []
-            graph = prompt[2] if len(prompt) > 2 and isinstance(prompt[2], dict) else {}
+            prompt = entry.get("prompt") if isinstance(entry, dict) else None
+            graph = prompt[2] if isinstance(prompt, list) and len(prompt) > 2 and isinstance(prompt[2], dict) else {}
             if load in comfyui_files.loads(graph) and _begun(entry) < written:
                 return True
         return False
@@ -379,8 +379,10 @@ class Session:
         try:
             said = json.loads(error.text)
         except ValueError:
-            said = {"error": {"message": error.text[:300]}}
-        told = said.get("error") if isinstance(said.get("error"), dict) else {"message": said.get("error")}
+            said = None
+        said = said if isinstance(said, dict) else {"error": error.text[:300]}
+        told = said.get("error")
+        told = told if isinstance(told, dict) else {"message": told}
         return self._explained(api, said, f"It refused the graph: {told.get('message')}")
 
     def _failure(self, api: Api, said: Mapping[str, Any]) -> KleinctlError:
@@ -427,6 +429,8 @@ class _Told:
             self._progress("queue", 0, int(value) + 1)
             return
         kind = str(self._api.get(node, {}).get("class_type", ""))
+        if kind not in STAGES and self._stage == "denoise":
+            return  # the steps are done: a node after the sampler does not begin them again
         self._stage = STAGES.get(kind, self._stage)
         if self._stage == "denoise":
             self._progress("denoise", int(value), int(most) or self._job.steps)
@@ -441,9 +445,13 @@ def _base(name: str) -> str:
 
 def _begun(entry: Mapping[str, Any]) -> float:
     """When a job of the history began, in milliseconds; infinite where it does not say."""
-    for message in (entry.get("status") or {}).get("messages") or ():
-        if isinstance(message, list) and len(message) == 2 and isinstance(message[1], dict):
-            return float(message[1].get("timestamp") or "inf")
+    status = entry.get("status")
+    messages = status.get("messages") if isinstance(status, dict) else None
+    for message in messages if isinstance(messages, list) else ():
+        told = message[1] if isinstance(message, list) and len(message) == 2 else None
+        at = told.get("timestamp") if isinstance(told, dict) else None
+        if isinstance(at, (int, float)):
+            return at
     return float("inf")
 
 

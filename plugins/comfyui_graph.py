@@ -53,6 +53,11 @@ SCHEDULERS = ("Flux2Scheduler",)
 EXPORT = "in ComfyUI: Workflow > Export (API), and give that file"
 #: Pixels between two nodes on the page, and how many stand in a column.
 COLUMN, ROW, ROWS = 380, 200, 4
+#: Types that the server itself looks at only when the job runs: that of what is connected elsewhere, and inputs that
+#: come as several (`images.image0`).
+MATCHING, DYNAMIC = "COMFY_MATCHTYPE_V3", ("COMFY_AUTOGROW_", "COMFY_DYNAMICSLOT_")
+#: The largest whole number that the page's own language holds.
+MAX_PAGE_SEED = 2**53 - 1
 #: How deep values and links of a stranger's workflow are followed.
 STEPS = 64
 
@@ -169,8 +174,18 @@ def _reference(graph: Graph, reference: Reference) -> Output:
 
 
 def page(model: Model, job: Job, references: Sequence[Reference] = ()) -> dict[str, Any]:
-    """The job as a workflow for ComfyUI's page, with the names that the model's files have in its manifest."""
+    """The job as a workflow for ComfyUI's page, with the names that the model's files have in its manifest.
+
+    Raises:
+        KleinctlError: the model has no files for ComfyUI, or the page would make another seed of the job's.
+    """
+    if job.seed > MAX_PAGE_SEED:
+        why = f"It holds whole numbers up to {MAX_PAGE_SEED}; {job.seed} would become another seed."
+        raise _problem("the seed is too large for ComfyUI's page", why, f"--seed {job.seed % 2**53}", "usage")
     names = {part.role: part.name for part in reversed(model.parts_for("comfyui", job.precision or None))}
+    if not {"transformer", "text-encoder", "vae"} <= names.keys():
+        why = "Wanted are a transformer, a text encoder and a VAE in ComfyUI's layout; its manifest lists none."
+        raise _problem(f"{model.name} does not come for ComfyUI", why, "--model klein-4b", "usage")
     files = Files(names["transformer"], names["text-encoder"], names["vae"])
     return write_workflow(picture(files, job, model.variant, references, save="kleinctl"))
 
@@ -262,7 +277,7 @@ def with_job(
     Raises:
         KleinctlError: it has no prompt that leads to a sampler.
     """
-    graph = {key: {**node, "inputs": dict(node.get("inputs") or {})} for key, node in api.items()}
+    graph = {key: {**node, "inputs": dict(_mapping(node.get("inputs")))} for key, node in api.items()}
     prompts = [at for key in graph if STAGES.get(_kind(graph, key)) == "denoise" for at in _prompts(graph, key)]
     if not prompts:
         why = "Wanted is a text that leads to a sampler, by its `positive` or by a guider; none was found."
@@ -357,7 +372,7 @@ def _inputs(api: Api, key: str, offered: Callable[[str], Mapping[str, Any]]) -> 
     wanted = _mapping(said.get("input"))
     required, optional = _mapping(wanted.get("required")), _mapping(wanted.get("optional"))
     for name, spec in required.items():
-        if name not in given:
+        if name not in given and not _type(spec).startswith(DYNAMIC):
             default = _default(spec)
             if default is None:
                 why = f"Wanted is its input {name} ({_type(spec)}), which kleinctl does not know; its node has changed."
@@ -388,8 +403,8 @@ def _check(api: Api, kind: str, name: str, value: Any, spec: Any, offered: Calla
             "value-not-in-list",
             "E03",
         )
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        low, high = options.get("min", value), options.get("max", value)
+    if _is_number(value):
+        low, high = (options[key] if _is_number(options.get(key)) else value for key in ("min", "max"))
         if not low <= value <= high:
             why = f"{kind} takes {low} to {high}; {name} is {value}."
             raise _problem(f"{name} is out of bounds", why, f"choose {name} from {low} to {high}")
@@ -407,6 +422,10 @@ def choices(said: Mapping[str, Any], name: str) -> list[str]:
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _type(spec: Any) -> str:
@@ -439,4 +458,6 @@ def _default(spec: Any) -> Any:
 
 def _alike(given: str, wanted: str) -> bool:
     """Whether an output may feed an input: types can be several, and `*` is any."""
-    return "*" in (given, wanted) or bool(set(given.split(",")) & set(wanted.split(",")))
+    if {"*", MATCHING} & {given, wanted}:
+        return True
+    return bool({each.strip() for each in given.split(",")} & {each.strip() for each in wanted.split(",")})

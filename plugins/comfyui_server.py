@@ -91,6 +91,8 @@ class Server:
 
     #: Whether it was started for this worker, so that it can be started again; and whether it has ended since.
     ours = ended = False
+    #: Whether it is a ComfyUI that klein can be drawn with.
+    met = False
 
     def __init__(self, url: str) -> None:
         self.url, self.version, self.torch = url, "unknown", "unknown"
@@ -112,10 +114,12 @@ class Server:
             answer = self.client.ask("/system_stats")
         except Refused as error:
             raise forbidden(error, self.url) from None
-        system = answer.get("system", {}) if isinstance(answer, dict) else {}
+        system = answer.get("system") if isinstance(answer, dict) else None
+        system = system if isinstance(system, dict) else {}
         self.version = str(system.get("comfyui_version") or "unknown")
         self.torch = str(system.get("pytorch_version") or "unknown")
         check_version(self.version)
+        self.met = True
 
     def watch(self, prompt: str | None) -> None:
         """Say which prompt is under way: it is taken back when this worker ends before it does."""
@@ -125,9 +129,10 @@ class Server:
         """Raise where it is known that the server has ended."""
 
     def close(self) -> None:
-        """Leave it: let it drop what it holds for us."""
+        """Leave it: let it drop what it holds for us, but not while it works for somebody else."""
         with contextlib.suppress(KleinctlError, Refused):
-            self.client.free()
+            if self.met and self.client.idle():
+                self.client.free()
         self._warden.close()
 
 

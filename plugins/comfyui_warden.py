@@ -8,6 +8,7 @@ lock, and `{"exit": …}`. When stdin ends, however that came about, the prompt 
 
 import contextlib
 import ctypes
+import http.client
 import json
 import os
 import signal
@@ -76,11 +77,18 @@ def _say(**what):
         print(json.dumps(what), flush=True)
 
 
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """A server of this machine does not send us to another."""
+
+    def redirect_request(self, *asked):
+        return None
+
+
 def _take_back(url, prompt):
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Stay)
     for path, body in (("/queue", {"delete": [prompt]}), ("/interrupt", {"prompt_id": prompt})):
         request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, http.client.HTTPException):
             opener.open(request, timeout=ANSWER_SECONDS).close()
 
 

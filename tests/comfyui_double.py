@@ -32,8 +32,8 @@ class Double:
     what the loaders list. `slow` waits so many seconds before each event, `skip` leaves out steps, `shuffle` reorders
     them, `drop` closes the websocket after so many events, `deaf` refuses it. `die` ends the process after so many
     events, with the exit status `code` or else killed, and prints `say` before. `stuck` never ends a job, `ahead` has
-    so many jobs of others in the queue, `gone` forgets the job. `status` answers a path with an HTTP status, `cut` cuts
-    the picture short.
+    so many jobs of others in the queue, `gone` forgets the job, `noisy` tells of other things without end. `status`
+    answers a path with an HTTP status, `cut` cuts the picture short.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -203,6 +203,8 @@ class Double:
     async def _run(self, number: str, graph: dict[str, Any], error: dict[str, Any] | None) -> None:
         if self.options.get("gone"):
             return
+        if self.options.get("noisy"):
+            self.tasks.add(asyncio.get_running_loop().create_task(self._chatter()))
         while self.running and self.running[0][1] != number:
             await asyncio.sleep(0.1)  # others are before it
             if self.options.get("ahead"):
@@ -223,6 +225,12 @@ class Double:
             return
         self._finish(number, graph, error)
         await self._send({"type": "executing", "data": {"node": None, "prompt_id": number}})
+
+    async def _chatter(self) -> None:
+        """What custom nodes tell: the load of the card, for one."""
+        while True:
+            await self._send({"type": "crystools.monitor", "data": {"cpu_utilization": 3}})
+            await asyncio.sleep(0.005)
 
     def _events(self, number: str, graph: dict[str, Any]) -> list[dict[str, Any]]:
         """The recorded events, at the nodes of this graph that have the recorded classes."""

@@ -103,7 +103,8 @@ def command(
         raise click.UsageError("A prompt is wanted, or --from and a picture.", click.get_current_context())
     wanted = Wanted(model, backend, changes, typed, out, executor, (vram_limit, ram_limit))
     if write_workflow is not None:
-        return write_down(wanted, write_workflow)
+        only_written(count, workflow)
+        return write_down(wanted, write_workflow, as_json=as_json)
     if workflow is not None:
         wanted = with_workflow(wanted, workflow)
     no_server = no_server or workflow is not None
@@ -173,7 +174,14 @@ def with_workflow(wanted: Wanted, path: Path) -> Wanted:
     return replace(wanted, backend=backend.name)
 
 
-def write_down(wanted: Wanted, path: Path) -> int:
+def only_written(count: int, workflow: Path | None) -> None:
+    """Whether nothing was typed that a workflow which is written cannot hold."""
+    other = "--workflow" if workflow is not None else "--count" if count > 1 else None
+    if other is not None:
+        raise click.UsageError(f"--write-workflow writes one job of kleinctl's: leave {other} out.")
+
+
+def write_down(wanted: Wanted, path: Path, *, as_json: bool) -> int:
     """The job of one prompt as a workflow; its path is the answer."""
     from kleinctl import road
     from kleinctl.workflows import write
@@ -182,7 +190,10 @@ def write_down(wanted: Wanted, path: Path) -> int:
     model = wanted.plugins.models_for(wanted.model)[0]
     seed = int.from_bytes(os.urandom(4), "little")
     write(wanted.plugins, wanted.backend, model, jobs_of(model, {"seed": seed, **wanted.changes}, 1)[0], path)
-    output.answer(str(path))
+    if as_json:
+        output.print_json({"workflow": str(path)})
+    else:
+        output.answer(str(path))
     return OK
 
 

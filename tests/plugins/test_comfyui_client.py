@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 
 import pytest
 from kleinctl_plugins import comfyui_client
@@ -63,6 +65,14 @@ def test_the_picture_comes_whatever_becomes_of_the_progress(trouble, told):
     assert steps(kinds) == told if told is not None else sorted(steps(kinds)) == [1, 2, 3, 4]
 
 
+def test_progress_takes_no_way_through_a_proxy(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "example.org")
+    with Double() as double:
+        kinds, _ = drawn(double)
+    assert steps(kinds) == [1, 2, 3, 4]
+
+
 def test_the_jobs_before_ours_are_counted():
     with Double(ahead=2) as double:
         kinds, _ = drawn(double)
@@ -79,6 +89,91 @@ def test_a_queue_that_does_not_move_is_said_to_hang(monkeypatch):
     assert "this job runs" in failure.value.problem.why
 
 
+def test_a_custom_node_that_talks_all_the_time_does_not_hide_that_nothing_moves(monkeypatch):
+    monkeypatch.setattr(comfyui_client, "HANG_SECONDS", 0.5)
+    with Double(stuck=True, noisy=True) as double:
+        with pytest.raises(KleinctlError, match="queue hangs"):
+            Client(double.url).run(graph(), lambda *event: None)
+        assert double.asked("/interrupt") == [{"prompt_id": "job-101"}]
+
+
+def test_a_job_is_not_left_behind_when_the_server_no_longer_says_what_became_of_it():
+    with Double(status={"/history/job-101": 500}, stuck=True) as double:
+        with pytest.raises(Refused):
+            Client(double.url).run(graph(), lambda *event: None)
+        assert double.asked("/interrupt") == [{"prompt_id": "job-101"}]
+
+
+@pytest.mark.parametrize("answer", [{}, [], {"prompt_id": ""}, {"prompt_id": None}])
+def test_without_an_id_nothing_is_interrupted_for_it_would_be_anybodys_job(monkeypatch, answer):
+    with Double(stuck=True) as double:
+        client, ask = Client(double.url), Client.ask
+        monkeypatch.setattr(
+            Client, "ask", lambda self, path, body=None: answer if path == "/prompt" else ask(self, path, body)
+        )
+        with pytest.raises(KleinctlError, match="does not answer"):
+            client.run(graph(), lambda *event: None)
+        assert not double.asked("/interrupt")
+
+
+def test_the_picture_that_was_saved_comes_before_previews():
+    shown = {"filename": "reference.png", "subfolder": "", "type": "temp"}
+    saved = {"filename": "made.png", "subfolder": "a", "type": "output"}
+    entry = {"status": {"status_str": "success"}, "outputs": {"3": {"images": [shown]}, "9": {"images": [saved]}}}
+    assert vars(comfyui_client._picture(entry)) == saved
+
+
+def test_what_bench_queued_is_taken_back_when_it_is_broken_off(monkeypatch):
+    from kleinctl import against
+    from kleinctl.plugins import Plugins
+
+    def broken_off(url, queued):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(against, "finished", broken_off)
+    files = {"unet_name": ["flux-2-klein-4b.safetensors"], "clip_name": ["qwen_3_4b.safetensors"]}
+    loaders = {"UNETLoader": files, "CLIPLoader": files, "VAELoader": {"vae_name": ["flux2-vae.safetensors"]}}
+    model, job = Plugins().models["klein-4b"], Job("a red cube", 128, 96, 7, 4, 1.0)
+    with Double(stuck=True, files=loaders) as double, against.comfyui(double.url, model) as opened:
+        with pytest.raises(KeyboardInterrupt):
+            opened.draw(job, None)
+        assert double.asked("/interrupt") == [{"prompt_id": "job-101"}]
+
+
+@pytest.mark.parametrize("said", [b"HTTP/1.0 302 Found\r\nLocation: http://127.0.0.1:1/x\r\n\r\n", b"nonsense\r\n\r\n"])
+def test_bench_follows_no_server_elsewhere_and_no_nonsense(said):
+    from kleinctl import against
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer():
+            asked, _ = listening.accept()
+            asked.recv(4096)
+            asked.sendall(said)
+            asked.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(KleinctlError) as failure:
+            against.ask(f"http://127.0.0.1:{listening.getsockname()[1]}", "/system_stats")
+    assert failure.value.problem.name in ("comfyui-failed", "comfyui-silent")
+    assert "127.0.0.1:1/x" not in failure.value.problem.why
+
+
+def test_a_url_that_is_none_is_refused_in_words_by_bench():
+    from kleinctl import against
+
+    for url in ("http://[::1", "http://127.0.0.1:99999"):
+        with pytest.raises(KleinctlError, match="no server on this machine"):
+            against.check(url, {})
+
+
+def test_a_queue_of_another_shape_is_no_queue(monkeypatch):
+    monkeypatch.setattr(
+        Client, "ask", lambda *asked: {"queue_running": 3, "queue_pending": [["a", "x"], [1, "y"], [{}, "job"]]}
+    )
+    assert Client("http://127.0.0.1:1")._place("job") in (0, 1, 2)
+
+
 def test_a_job_that_someone_removed_from_the_queue():
     with Double(gone=True) as double, pytest.raises(Failed, match="no longer in its queue"):
         Client(double.url).run(graph(), lambda *event: None)
@@ -92,7 +187,11 @@ def test_a_browsers_origin_is_never_sent():
 
 
 @pytest.mark.parametrize(
-    "url", ["http://192.168.1.4:8188", "https://127.0.0.1:8188", "http://example.org", "file:///etc"]
+    "url",
+    [
+        *("http://192.168.1.4:8188", "https://127.0.0.1:8188", "http://example.org", "file:///etc"),
+        *("http://127.0.0.1:99999", "http://[::1"),
+    ],
 )
 def test_a_server_elsewhere_is_not_asked(url):
     with pytest.raises(KleinctlError, match="not on this machine"):

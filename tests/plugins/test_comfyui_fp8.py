@@ -70,6 +70,42 @@ def place(role):
 # A picture
 
 
+def test_a_job_is_written_as_a_workflow_and_its_path_is_the_answer(kleinctl, tmp_path):
+    made = kleinctl("run", "a cat", "--write-workflow", "a.json", "--json")
+    assert json.loads(made.stdout)["workflow"] == "a.json"
+    assert "nodes" in json.loads((tmp_path / "a.json").read_text())
+    for more in (("--count", "2"), ("--workflow", "a.json")):
+        refused = kleinctl("run", "a cat", "--write-workflow", "b.json", *more)
+        assert (refused.exit_code, refused.stdout) == (2, "")
+        assert f"leave {more[0]} out" in refused.stderr
+    assert not (tmp_path / "b.json").exists()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *(3, {"prompt": 3}, {"prompt": [1, 2, {"1": 5}]}, {"status": {"messages": 1.5}}),
+        {"status": {"messages": [["a", {"timestamp": []}]]}},
+    ],
+    ids=str,
+)
+def test_a_history_of_another_shape_tells_nothing(open_session, entry):
+    graph = {"1": {"class_type": "UNETLoader", "inputs": {"unet_name": "klein-test-fp8.safetensors"}}}
+    if isinstance(entry, dict):
+        entry = {"prompt": [1, "z", graph], **entry}
+    session, _ = open_session(history={"z": entry})
+    assert draw(session)[0].size == (128, 96)
+
+
+def test_a_node_after_the_sampler_does_not_begin_the_steps_again():
+    api = {"1": {"class_type": "KSampler"}, "2": {"class_type": "ImageInvert"}, "3": {"class_type": "VAEDecode"}}
+    told = []
+    tell = comfyui_fp8._Told(api, JOB, lambda *step: told.append(step))
+    for event in (("1", 4, 4), ("2", 0, 0), ("2", 1, 9), ("3", 0, 0)):
+        tell(*event)
+    assert told == [("denoise", 4, 4), ("decode", 0, 1)]
+
+
 def test_a_picture_comes_with_its_stages(open_session):
     session, double = open_session()
     image, told = draw(session)

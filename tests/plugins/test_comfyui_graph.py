@@ -241,6 +241,11 @@ def test_a_file_that_the_server_does_not_list_is_named_with_those_that_it_does()
     assert "tiny-flux2-vae.safetensors" in problem.why
 
 
+def test_bounds_that_are_no_numbers_are_none():
+    odd = {"VAEDecode": {"input": {"required": {"tiles": ["INT", {"min": [1], "max": "9", "default": 3}]}}}}
+    assert comfyui_graph.validate(comfyui_graph.picture(FILES, JOB, "distilled").api(), offered(odd))
+
+
 def test_a_size_beyond_what_the_server_takes():
     graph = comfyui_graph.picture(FILES, replace(JOB, width=32768), "distilled").api()
     with pytest.raises(KleinctlError, match="width is 32768"):
@@ -252,6 +257,43 @@ def test_an_input_that_came_later_gets_its_default():
     graph = comfyui_graph.validate(comfyui_graph.picture(FILES, JOB, "distilled").api(), offered(later))
     decode = next(node for node in graph.values() if node["class_type"] == "VAEDecode")
     assert (decode["inputs"]["tiles"], decode["inputs"]["way"]) == (3, "a")
+
+
+def test_what_the_server_looks_at_when_the_job_runs_is_left_to_it():
+    """A switch gives the type of what is connected to it; inputs that come as several have numbers."""
+    switch = {"input": {"required": {"on_true": ["COMFY_MATCHTYPE_V3", {}]}}, "output": ["COMFY_MATCHTYPE_V3"]}
+    several = {"input": {"required": {"values": ["COMFY_AUTOGROW_V3", {}]}}, "output": ["BOOLEAN"]}
+    api = comfyui_graph.picture(FILES, JOB, "distilled").api()
+    decode = next(node for node in api.values() if node["class_type"] == "VAEDecode")
+    api["90"] = {"class_type": "ComfySwitchNode", "inputs": {"on_true": decode["inputs"]["vae"]}}
+    api["91"] = {"class_type": "ComfyAndNode", "inputs": {"values.value0": True}}
+    decode["inputs"]["vae"] = ["90", 0]
+    graph = comfyui_graph.validate(api, offered({"ComfySwitchNode": switch, "ComfyAndNode": several}))
+    assert graph["91"]["inputs"] == {"values.value0": True}
+
+
+@pytest.mark.parametrize("inputs", [[1, 2], "text", 3], ids=["list", "text", "number"])
+def test_inputs_of_another_shape_are_none(inputs):
+    with pytest.raises(KleinctlError) as failure:
+        comfyui_graph.with_job({"1": {"class_type": "KSampler", "inputs": inputs}}, JOB)
+    assert failure.value.problem.name == "workflow-without-prompt"
+
+
+def test_a_seed_that_comfyuis_page_would_change_is_not_written():
+    from kleinctl.plugins import Plugins
+
+    model = Plugins().models["klein-4b"]
+    assert comfyui_graph.page(model, replace(JOB, seed=2**53 - 1))
+    with pytest.raises(KleinctlError) as failure:
+        comfyui_graph.page(model, replace(JOB, seed=2**53 + 5))
+    assert failure.value.problem.fix == "--seed 5"
+
+
+def test_a_model_without_files_for_comfyui_is_not_written():
+    from kleinctl.plugins import Plugins
+
+    with pytest.raises(KleinctlError, match="klein-tiny does not come for ComfyUI"):
+        comfyui_graph.page(Plugins().models["klein-tiny"], JOB)
 
 
 def test_a_job_is_written_with_the_files_of_the_models_manifest():

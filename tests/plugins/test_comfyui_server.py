@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -169,6 +170,37 @@ def test_a_server_that_goes_on_is_freed_and_left(tmp_path):
         open_server(known(tmp_path, url=double.url), CPU, None).close()
         assert double.asked("/free") == [{"unload_models": True, "free_memory": True}]
         assert open_server(known(tmp_path, url=double.url), CPU, None).client.ask("/queue")
+
+
+def test_a_server_that_works_for_somebody_else_keeps_its_models(tmp_path):
+    with Double(ahead=2) as double:
+        open_server(known(tmp_path, url=double.url), CPU, None).close()
+        assert not double.asked("/free")
+
+
+def test_a_server_that_klein_cannot_be_drawn_with_is_left_as_it_is(tmp_path):
+    with Double(version="0.9.1") as double:
+        with pytest.raises(KleinctlError, match="too old"):
+            open_server(known(tmp_path, url=double.url), CPU, None)
+        assert not double.asked("/free")
+
+
+def test_what_watches_cleans_up_though_the_server_answers_nonsense():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        warden = subprocess.Popen(
+            [sys.executable, "-I", str(comfyui_server.WARDEN)], stdin=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        warden.stdin.write(json.dumps({"url": url}).encode() + b'\n{"prompt": "job-1"}\n')
+        warden.stdin.close()
+        for _ in ("/queue", "/interrupt"):
+            listening.settimeout(10)
+            asked, _ = listening.accept()
+            asked.recv(4096)
+            asked.sendall(b"nonsense\r\n\r\n")
+            asked.close()
+        assert (warden.wait(10), warden.stderr.read()) == (0, b"")
+        warden.stderr.close()
 
 
 # How it is started
