@@ -77,7 +77,11 @@ def check_precision(plugins: Plugins, offers: Sequence[Offer], precision: str) -
     known = [each for offer in offers for each in precisions(offer.thing)]
     names = offers[0].thing.name if len(offers) == 1 else "no backend here"
     has = f"Known here is {', '.join(known)}." if known else "It holds them as the model's files have them."
-    other = next((name for name, own in can.items() if precision in own), None)
+    from kleinctl.hardware import Hardware
+
+    able = [name for name, own in can.items() if precision in own]
+    here = (name for name in able if plugins.backends[name].thing.health(Hardware(), None) is None)
+    other = next(here, able[0] if able else None)  # rather one that has not to be installed first
     fix = f"--backend {other}" if other else f"--precision {known[0]}" if known else "leave --precision out"
     what = f"{names} {'cannot' if len(offers) == 1 else 'can'} hold weights in {precision[:40]!r}"
     raise Misuse(Problem(what, has + did_you_mean(precision[:40], known), fix, name="precision-unknown"))

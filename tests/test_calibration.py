@@ -91,8 +91,10 @@ def test_offload_goes_by_copies_through_pageable_memory(klein, h100):
     assert fit.seconds_first == pytest.approx(5.5 + memory.weight_bytes(klein) / 1.5e9 + fit.seconds_next)
 
 
-def test_every_backend_tells_its_stages_apart(klein, h100):
-    for each in compare(Plugins(frozenset()).backends.values(), klein, h100, default_job(klein)):
+def test_backends_that_move_weights_themselves_tell_their_stages_apart(klein, h100):
+    found = compare(Plugins(frozenset()).backends.values(), klein, h100, default_job(klein))
+    assert [each.backend for each in found if not each.fit.stages] == ["comfyui-fp8"]  # what is where is its own matter
+    for each in (each for each in found if each.fit.stages):
         assert [stage.name for stage in each.fit.stages] == ["encode", "denoise", "decode"]
         assert max(stage.vram_bytes for stage in each.fit.stages) == each.fit.vram_bytes
         assert sum(stage.seconds for stage in each.fit.stages) == pytest.approx(each.fit.seconds_next)

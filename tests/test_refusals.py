@@ -105,7 +105,7 @@ REFUSALS = {
     "reference-unusable": lambda tmp: reference(text(tmp / "a.heic")),
     "references-missing": lambda tmp: job_from_record({**RECORD, "images": edited(tmp / "a.png")}),
     "report-unreadable": lambda tmp: Facts.from_json({"hardware": {"gpus": []}}),
-    "unknown-backend": lambda tmp: Plugins(frozenset()).backends_for("comfy"),
+    "unknown-backend": lambda tmp: Plugins(frozenset()).backends_for("comfortable"),
     "unknown-executor": lambda tmp: road.executor(Plugins(frozenset()), "moon"),
     "unknown-gpu": lambda tmp: imagine("RTX 9999 of tomorrow", None),
     "worker-protocol": lambda tmp: ProcessExecutor(bootstrap=another_python(tmp / "x.py")).start(

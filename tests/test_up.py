@@ -104,7 +104,7 @@ def test_several_pictures_an_edit_and_a_file_that_is_damaged_afterwards(run, tmp
         (("run", PROMPT, "--model", "klein-4b"), 1, "needs an NVIDIA card"),
         (("run", "--from", "text.txt"), 1, "text.txt"),
         (("up", PROMPT, "--model", "klein-9b"), 1, "klein-9b"),
-        (("up", PROMPT, "--backend", "comfy"), 2, "there is no backend 'comfy'"),
+        (("up", PROMPT, "--backend", "comfortable"), 2, "there is no backend 'comfortable'"),
         (("install", "--model", "klein-tiny", "--variant", "base"), 2, "klein-tiny has no base variant"),
         (("verify", "klein-tiny"), 1, "nothing of klein-tiny is installed"),
     ],
