@@ -330,7 +330,7 @@ class Painter:
                 wanted.budget,
                 dict(wanted.parts),
                 home() / "cache",
-                _absolute(wanted.jobs[0]) if wanted.jobs else None,
+                absolute(wanted.jobs[0]) if wanted.jobs else None,
             )
             reply = worker.ask(load, on_progress)
         except BaseException:
@@ -347,7 +347,7 @@ class Painter:
         """
         if len(jobs) > 1:
             with contextlib.suppress(KleinctlError):
-                reply = self._ask(Prepare(tuple(map(_absolute, jobs))), on_progress)
+                reply = self._ask(Prepare(tuple(map(absolute, jobs))), on_progress)
                 assert isinstance(reply, Prepared)
                 self.prepared.append(reply)
 
@@ -365,7 +365,7 @@ class Painter:
         output, wanted = output.absolute(), self._request
         self._partial = output.with_name(f".{output.name[:100]}.{os.getpid()}.partial")
         record = begin(job, wanted.model, wanted.backend, wanted.parts)
-        reply = self._ask(Generate(_absolute(job), output, self._partial, record, first), on_progress)
+        reply = self._ask(Generate(absolute(job), output, self._partial, record, first), on_progress)
         assert isinstance(reply, Made)
         self._partial = None
         return Image(
@@ -410,7 +410,8 @@ class Painter:
         self._clear()
 
 
-def _absolute(job: Job) -> Job:
+def absolute(job: Job) -> Job:
+    """The job with its files named so that a process in another folder finds them."""
     workflow = job.workflow and job.workflow.absolute()
     return replace(job, images=tuple(path.absolute() for path in job.images), workflow=workflow)
 

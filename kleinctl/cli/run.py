@@ -434,9 +434,10 @@ class Served:
 
     def judged(self, job: Job, asked: tuple[int, int] | None) -> list[Problem]:
         """What is odd about `job`, as `Here.judged`."""
+        from kleinctl.generate import absolute
         from kleinctl.serve import Ask
 
-        told = self._server.told(Ask(replace(job, images=tuple(path.absolute() for path in job.images)), asked))
+        told = self._server.told(Ask(absolute(job), asked))
         if told.refused is not None:
             raise KleinctlError(told.refused)
         return list(told.problems)

@@ -294,8 +294,7 @@ def make_pictures(
     generate.check_jobs(jobs)
     generate.prepare_outputs(jobs, outputs)
     has = server.state.request
-    first = replace(jobs[0], images=tuple(path.absolute() for path in jobs[0].images))
-    before = server.told(Ask(first, asked))
+    before = server.told(Ask(generate.absolute(jobs[0]), asked))
     told = () if origins else before.problems
     if told:
         output.show_problems(told)
