@@ -1,9 +1,9 @@
 """What a run costs beyond drawing when a server has the model: process start to exit, less the seconds of its session.
 
-    python tools/measure_serve.py [--runs 9]
+    python tools/measure_serve.py [--runs 9] [--model NAME]
 
-Installs klein-tiny into a folder of its own, starts `kleinctl serve` there and prints a line per run, in milliseconds;
-exits with 1 when the median is over its budget.
+Installs klein-tiny into a folder of its own (or takes NAME, which is installed), starts `kleinctl serve` and prints a
+line per run, in milliseconds; exits with 1 when the median is over its budget. A session does not write the picture.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def kleinctl(*words: str) -> str:
     return subprocess.run([*KLEINCTL, *words], capture_output=True, text=True, check=True).stdout
 
 
-def start_server() -> subprocess.Popen[str]:
-    """A server that has loaded klein-tiny."""
-    server = subprocess.Popen([*KLEINCTL, "serve", "--model", "klein-tiny"], stderr=subprocess.PIPE, text=True)
+def start_server(model: str) -> subprocess.Popen[str]:
+    """A server that has loaded the model."""
+    server = subprocess.Popen([*KLEINCTL, "serve", "--model", model], stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
     while "waiting for jobs" not in (line := server.stderr.readline()):
         if not line:
@@ -40,10 +40,11 @@ def start_server() -> subprocess.Popen[str]:
     return server
 
 
-def measure(folder: Path, number: int) -> tuple[float, float]:
+def measure(folder: Path, model: str, number: int) -> tuple[float, float]:
     """Seconds from process start to exit, and those of the session."""
     start = time.perf_counter()
-    said = kleinctl("run", "a red circle", "--seed", str(number), "-o", str(folder / f"{number}.png"), "--json")
+    output = str(folder / f"{number}.png")
+    said = kleinctl("run", f"a red circle, {number}", "--model", model, "--seed", str(number), "-o", output, "--json")
     took = time.perf_counter() - start
     document: dict[str, Any] = json.loads(said)
     return took, sum(document["images"][0]["seconds"][stage] for stage in STAGES)
@@ -52,16 +53,19 @@ def measure(folder: Path, number: int) -> tuple[float, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=9)
-    runs = parser.parse_args().runs
+    parser.add_argument("--model", help="a model that is installed")
+    asked = parser.parse_args()
+    model = asked.model or "klein-tiny"
     with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {"KLEINCTL_HOME": str(Path(folder) / "home"), "KLEINCTL_OFFLINE": "1"}
-        kleinctl("install", "--model", "klein-tiny")
-        server = start_server()
+        if not asked.model:
+            os.environ |= {"KLEINCTL_HOME": str(Path(folder) / "home"), "KLEINCTL_OFFLINE": "1"}
+            kleinctl("install", "--model", model)
+        server = start_server(model)
         try:
-            measure(Path(folder), 0)  # warms the disk cache
+            measure(Path(folder), model, 0)  # warms the disk cache
             beyond = []
-            for number in range(1, runs + 1):
-                took, session = measure(Path(folder), number)
+            for number in range(1, asked.runs + 1):
+                took, session = measure(Path(folder), model, number)
                 beyond.append(took - session)
                 print(
                     f"{took * 1000:6.0f} ms, of which drawing {session * 1000:6.0f}, the rest {beyond[-1] * 1000:4.0f}"
