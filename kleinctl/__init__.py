@@ -9,6 +9,7 @@ __all__ = [
     "Budget",
     "Check",
     "CouldNotCheck",
+    "Device",
     "Environment",
     "Evidence",
     "Fit",
@@ -25,24 +26,39 @@ __all__ = [
     "Sighting",
     "Signature",
     "Stage",
+    "StageUse",
+    "WatchedDevice",
     "check",
     "comfyui",
+    "exits",
     "hookimpl",
+    "identify",
+    "logs",
+    "logs_folder",
     "memory",
+    "misfits",
+    "pictures",
 ]
 
 if TYPE_CHECKING:
-    from kleinctl import comfyui, memory
+    from kleinctl import comfyui, exits, identify, logs, memory, pictures
     from kleinctl.backends import API_VERSION, Budget, Fit, InstalledModel, Job, Stage
     from kleinctl.checks import Check, CouldNotCheck, check
+    from kleinctl.checks.pairing import misfits
     from kleinctl.environment import Environment
     from kleinctl.hardware import Gpu, Hardware
+    from kleinctl.home import logs_folder
     from kleinctl.identify import Signature
     from kleinctl.logs import LogPattern, Sighting
     from kleinctl.manifest import Model, Part
     from kleinctl.plugins import hookimpl
     from kleinctl.problem import Evidence, KleinctlError, Problem, Remedy
+    from kleinctl.worker.device import Device
+    from kleinctl.worker.protocol import StageUse
+    from kleinctl.worker.watched import WatchedDevice
 
+#: Modules that are public as they are, and the module of every other name.
+_MODULES = ("comfyui", "exits", "identify", "logs", "memory", "pictures")
 _WHERE = {
     "API_VERSION": "backends",
     "Budget": "backends",
@@ -53,9 +69,11 @@ _WHERE = {
     "Check": "checks",
     "CouldNotCheck": "checks",
     "check": "checks",
+    "misfits": "checks.pairing",
     "Environment": "environment",
     "Gpu": "hardware",
     "Hardware": "hardware",
+    "logs_folder": "home",
     "Signature": "identify",
     "LogPattern": "logs",
     "Sighting": "logs",
@@ -66,6 +84,9 @@ _WHERE = {
     "Problem": "problem",
     "Evidence": "problem",
     "Remedy": "problem",
+    "Device": "worker.device",
+    "StageUse": "worker.protocol",
+    "WatchedDevice": "worker.watched",
 }
 
 
@@ -73,7 +94,7 @@ def __getattr__(name: str) -> Any:
     """Load public names when they are first used (PEP 562), so that `kleinctl --help` starts in a blink."""
     import importlib
 
-    if name in ("comfyui", "memory"):
+    if name in _MODULES:
         return importlib.import_module(f"kleinctl.{name}")
     if name in _WHERE:
         return getattr(importlib.import_module(f"kleinctl.{_WHERE[name]}"), name)

@@ -41,13 +41,15 @@ class Job:
 class Budget:
     """What a job may use on this machine: bytes of VRAM and of RAM, and the torch device it runs on.
 
-    `hardware` is what was known of the machine when the job was planned, with the rates of its card.
+    `hardware` is what was known of the machine when the job was planned, with the rates of its card. `server` is the
+    URL of a program that runs already, for a backend that would otherwise start or look for one.
     """
 
     vram_bytes: int
     ram_bytes: int
     device: str = "cuda:0"
     hardware: Hardware | None = None
+    server: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,9 +142,11 @@ class Backend(Protocol):
 
     It may have `prefetch(model, budget, job)`, which the worker calls before torch is imported, with the first job: it
     can begin to read weights meanwhile. `precisions` are the values of `Job.precision` that it knows besides "".
-    `open_device(budget)` gives what the worker measures by (see `kleinctl.worker.device.Device`) where that is not a
-    card that this process uses by torch. `workflow(model, job)` is the job in the form of another program's page, and
-    `check_workflow(path, job)` refuses a user's workflow that it cannot run.
+    `open_device(budget)` gives what the worker measures by, a `Device`, where that is not a card that this process uses
+    by torch. `workflow(model, job)` is the job in the form of another program's page, and `check_workflow(path, job)`
+    refuses a user's workflow that it cannot run. `absent()` looks on this machine for what it needs beside hardware and
+    packages, such as a program, and is the problem of what is not there; of other machines that is then not known.
+    `check_server(url)` refuses a URL that cannot be its `Budget.server`.
     """
 
     name: str
@@ -156,7 +160,10 @@ class Backend(Protocol):
         """Predict peaks and seconds: arithmetic on manifest numbers, without opening a file."""
 
     def health(self, hardware: Hardware, environment: Environment | None) -> Problem | None:
-        """What keeps this backend from running here, if anything. `environment` is None when none is made yet."""
+        """What keeps this backend from running, by these facts alone: they may be another machine's.
+
+        `environment` is None when none is made yet.
+        """
 
     def load(self, model: InstalledModel, budget: Budget) -> Session:
         """Load `model` within `budget`. Runs in the worker, the only place that imports torch."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kleinctl.backends import Job
+from kleinctl.home import home
 from kleinctl.pictures import reference
 from kleinctl.problem import KleinctlError, Misuse, Problem, did_you_mean
 from kleinctl.records import MAX_SIDE, is_picture_of, numbered
@@ -285,6 +289,46 @@ def tasks(jobs: Mapping[int, Job], folder: Path, begin: Callable[[Job], Mapping[
     return [
         Task(line, job, *_place(folder / f"klein-{line:04}-{job.seed}.png", job, begin)) for line, job in jobs.items()
     ]
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Be the only batch that draws into `folder`, so that no line is drawn twice; to be held before `tasks` looks.
+
+    The lock is in KLEINCTL_HOME, and the system frees it when its process ends, however it ends.
+
+    Raises:
+        KleinctlError: another process draws there, or KLEINCTL_HOME cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    from kleinctl import store
+
+    path = store.make_folder(home() / "batches") / hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    lock, owner = FileLock(path.with_suffix(".lock")), path.with_suffix(".pid")
+    with store.writing(path):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise _running(folder, owner) from None
+    try:
+        with store.writing(owner):
+            owner.write_text(str(os.getpid()), encoding="ascii")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def _running(folder: Path, owner: Path) -> KleinctlError:
+    pid = ""
+    with contextlib.suppress(OSError, ValueError):  # it has just begun, or ended
+        pid = f" (pid {int(owner.read_text(encoding='ascii'))})"
+    why = f"Another kleinctl{pid} draws a batch there; what is not there yet would be drawn by both."
+    fix = f"-o {folder}-2   # or wait: the same line then makes what is missing"
+    return KleinctlError(
+        Problem(f"a batch is being drawn into {folder}", why, fix, name="batch-running", path=str(folder))
+    )
 
 
 def _place(first: Path, job: Job, begin: Callable[[Job], Mapping[str, Any]]) -> tuple[Path, bool]:

@@ -78,7 +78,8 @@ class Figures:
     """What was measured: seconds of the first picture from process start, of each new prompt, of the last one again.
 
     `seconds_first` is None where the session had drawn in another size before. `vram_bytes` is the most of the card
-    that was taken, with the context, `host_bytes` of the process's own memory.
+    that was taken, with the context, `host_bytes` of the process's own memory; that of a server that ran before is not
+    counted.
     """
 
     strategy: str
@@ -175,13 +176,12 @@ def measure(asked: Asked, on_progress: OnProgress) -> Iterator[Line]:
 
 
 def _compared(line: Line, references: Mapping[tuple[int, int], Figures]) -> Line:
-    """The line beside plain diffusers without a limit; ComfyUI draws from other noise, so its pixels are others."""
+    """The line beside plain diffusers without a limit."""
     reference = references.get((line.width, line.height))
     if line.figures is None or reference is None:
         return line
     same = all(own == theirs for own, theirs in zip(line.figures.pixels, reference.pixels, strict=False))
-    share = line.figures.seconds / reference.seconds
-    return replace(line, share=share, same=None if line.who == "comfyui" else same)
+    return replace(line, share=line.figures.seconds / reference.seconds, same=same)
 
 
 def _within(asked: Asked, free: int | None, on_progress: OnProgress, *, card: bool) -> Iterator[Line]:
@@ -228,9 +228,9 @@ def _lines(
         opened: Opened | None = None
         for width, height in sizes:
             line = Line(who, width, height, free)
-            since = time.perf_counter()
             try:
                 line, wanted, start = opening(line, hardware)
+                since = time.perf_counter()
                 if opened is None or wanted != key:
                     session.close()
                     session, key = contextlib.ExitStack(), wanted
@@ -290,12 +290,27 @@ def _model_card(asked: Asked, line: Line, hardware: Hardware) -> Ready:
 
 
 def _comfyui(asked: Asked, line: Line, hardware: Hardware) -> Ready:
-    from kleinctl import against
+    """The backend of that name with a server that runs, drawing in the precision that kleinctl draws in."""
+    precision = asked.changes.get("precision") or _own_precision(asked.model)
+    changes = {**asked.changes, "precision": precision, "width": line.width, "height": line.height}
+    found = road.ways(asked.plugins, [asked.model], "comfyui", hardware, changes, must_fit=False)
+    if not found:
+        raise road.no_way(asked.plugins, asked.model, "comfyui", hardware, changes)
+    request = _request(asked, found[0], hardware, default_job(asked.model, **changes))
+    request = replace(request, budget=replace(request.budget, server=asked.url))
 
-    assert asked.url is not None
-    url = asked.url
-    against.forget(url)
-    return line, url, lambda: against.comfyui(url, asked.model)
+    @contextlib.contextmanager
+    def start() -> Iterator[Opened]:
+        with _worker(request) as opened:
+            yield replace(opened, draw=lambda job, output: opened.draw(replace(job, precision=precision), output))
+
+    return line, "comfyui", start
+
+
+def _own_precision(model: Model) -> str:
+    """The precision in which ComfyUI's files of a model hold what its manifest says; empty where they do not differ."""
+    parts = (part for part in model.parts if "comfyui" in part.to and part.dtype == model.dtype)
+    return next((part.precision for part in parts if part.precision), "")
 
 
 def _request(asked: Asked, way: Way, hardware: Hardware, first: Job) -> generate.Request:
@@ -384,7 +399,8 @@ def _medians(stages: Sequence[Mapping[str, float]]) -> dict[str, float]:
 class Watch:
     """Most of the card's memory, and of this process's new children's own memory, that was taken since `begin`.
 
-    It begins before the children do, and knows what others had taken until then.
+    It begins before the children do, and knows what others had taken until then; of a server that then lets go of its
+    models, what is left.
     """
 
     def __init__(self, gpu: Gpu | None) -> None:
@@ -410,7 +426,9 @@ class Watch:
 
     def _card(self) -> None:
         while self._gpu is not None and not self._ended.wait(CARD_SECONDS):
-            self.vram_bytes = max(self.vram_bytes, used_bytes(self._gpu) - self._before)
+            used = used_bytes(self._gpu)
+            self._before = min(self._before, used or self._before)
+            self.vram_bytes = max(self.vram_bytes, used - self._before)
 
     def _host(self) -> None:
         while not self._ended.wait(HOST_SECONDS):

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
 
 from kleinctl.exits import exit_text, looks_like_no_memory, oom_kills
 from kleinctl.home import home
@@ -36,6 +36,7 @@ CLOSE_SECONDS, STOP_SECONDS = 10.0, 1.0
 SLICE_SECONDS = 0.25
 
 OnProgress = Callable[[Progress], None]
+Handle = TypeVar("Handle", bound="WorkerHandle")
 
 
 class WorkerDied(KleinctlError):
@@ -59,9 +60,14 @@ class WorkerHandle(Protocol):
     def stop(self) -> None:
         """End the worker at once."""
 
-    def __enter__(self) -> WorkerHandle: ...
+    def __enter__(self: Handle) -> Handle:
+        return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None: ...
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.stop()
 
 
 class Executor(Protocol):
@@ -105,7 +111,7 @@ class ProcessExecutor:
         return worker
 
 
-class ProcessWorker:
+class ProcessWorker(WorkerHandle):
     """A worker process, its pipes and its log."""
 
     def __init__(self, executor: ProcessExecutor, python: Path, gpu: str | None) -> None:
@@ -192,15 +198,6 @@ class ProcessWorker:
             _kill_group(self._process)
             self._process.wait()
         self._log.join()
-
-    def __enter__(self) -> ProcessWorker:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.stop()
 
     def _send(self, line: bytes) -> None:
         try:

@@ -72,12 +72,19 @@ def precisions(backend: Backend) -> tuple[str, ...]:
 
 
 def compare(
-    offers: Iterable[Offer], model: Model, hardware: Hardware, job: Job, among: Sequence[Environment] | None = None
+    offers: Iterable[Offer],
+    model: Model,
+    hardware: Hardware,
+    job: Job,
+    among: Sequence[Environment] | None = None,
+    *,
+    here: bool = True,
 ) -> list[Candidate]:
     """A candidate for every backend that has the model's files in its layout, the fastest that runs first.
 
     A backend that cannot hold weights in the job's precision is none of them. Loads nothing and starts nothing.
-    `among` are the environments there are, by default those of this machine.
+    `among` are the environments there are, by default those of this machine. `here` is whether this is the machine in
+    question, which can then be asked for more than is known of its hardware.
     """
     among = environments.known() if among is None else among
     found = []
@@ -85,6 +92,7 @@ def compare(
         if model.parts_for(offer.thing.layout) and (not job.precision or job.precision in precisions(offer.thing)):
             try:
                 candidate = _candidate(offer.thing, model, hardware, job, among)
+                candidate = _looked_for(offer.thing, candidate, here=here)
             except Exception as error:  # a stranger's arithmetic must not take doctor down
                 problem = Problem(
                     f"{offer.thing.name} cannot say what it needs",
@@ -96,6 +104,24 @@ def compare(
                 candidate = Candidate(offer.thing.name, model.name, Fit(0, 0, 0, 0, 0, False, "unknown"), problem)
             found.append(candidate)
     return sorted(found, key=lambda each: (not each.runs, each.fit.seconds_next, each.fit.seconds_first))
+
+
+def absent(backend: Backend) -> Problem | None:
+    """What a backend needs of this machine beside hardware and packages, and is not there; most need nothing."""
+    found: Problem | None = backend.absent() if hasattr(backend, "absent") else None
+    return found
+
+
+def _looked_for(backend: Backend, candidate: Candidate, *, here: bool) -> Candidate:
+    """The candidate, with what it needs beside hardware and packages looked for where that can be done."""
+    if here or not hasattr(backend, "absent"):
+        return replace(candidate, problem=absent(backend) or candidate.problem)
+    unknown = Problem(
+        f"{backend.name} could not be checked",
+        "Whether the program that it needs is installed shows on that machine alone.",
+        "kleinctl doctor   # on that machine",
+    )
+    return replace(candidate, problem=candidate.problem or unknown)
 
 
 def _candidate(backend: Backend, model: Model, hardware: Hardware, job: Job, among: Sequence[Environment]) -> Candidate:

@@ -14,7 +14,7 @@ from kleinctl import environment as environments
 from kleinctl import generate, install, memory, store
 from kleinctl.backends import Budget, Job
 from kleinctl.environment import Environment
-from kleinctl.planner import Candidate, choose, compare, default_job, precisions
+from kleinctl.planner import Candidate, absent, choose, compare, default_job, precisions
 from kleinctl.problem import KleinctlError, Misuse, Problem, did_you_mean
 from kleinctl.units import bytes_text
 
@@ -77,10 +77,8 @@ def check_precision(plugins: Plugins, offers: Sequence[Offer], precision: str) -
     known = [each for offer in offers for each in precisions(offer.thing)]
     names = offers[0].thing.name if len(offers) == 1 else "no backend here"
     has = f"Known here is {', '.join(known)}." if known else "It holds them as the model's files have them."
-    from kleinctl.hardware import Hardware
-
     able = [name for name, own in can.items() if precision in own]
-    here = (name for name in able if plugins.backends[name].thing.health(Hardware(), None) is None)
+    here = (name for name in able if absent(plugins.backends[name].thing) is None)
     other = next(here, able[0] if able else None)  # rather one that has not to be installed first
     fix = f"--backend {other}" if other else f"--precision {known[0]}" if known else "leave --precision out"
     what = f"{names} {'cannot' if len(offers) == 1 else 'can'} hold weights in {precision[:40]!r}"
@@ -169,24 +167,6 @@ def budget(where: Place, hardware: Hardware) -> Budget:
     return Budget(vram, hardware.ram_available_bytes, where.device, known)
 
 
-def check_prompt(prompt: str) -> str:
-    """The prompt, when there is one.
-
-    Raises:
-        Misuse: it is empty.
-    """
-    if prompt.strip():
-        return prompt
-    raise Misuse(
-        Problem(
-            "the prompt is empty",
-            "It has to say what is to be seen.",
-            'kleinctl run "a red circle"',
-            name="prompt-empty",
-        )
-    )
-
-
 def digests(way: Way) -> dict[str, str]:
     """The sha256 of the model's installed parts by id; `unknown` for what has not been hashed since it came."""
     layout, stamps = way.backend.layout, store.Stamps()
@@ -211,9 +191,9 @@ def pictures(
     Raises:
         KleinctlError: something cannot work, or failed.
     """
-    asked = replace(
-        request(way, environment, where, hardware), jobs=tuple(jobs), outputs=tuple(outputs), origins=tuple(origins)
-    )
+    chosen = outputs if isinstance(outputs, tuple) else tuple(outputs)  # what is `generate.Named` stays so
+    wanted = request(way, environment, where, hardware)
+    asked = replace(wanted, jobs=tuple(jobs), outputs=chosen, origins=tuple(origins))
     return generate.run(asked, on_event, executor)
 
 

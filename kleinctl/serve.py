@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from kleinctl.backends import Fit, Job
-from kleinctl.executors import OnProgress, WorkerDied
+from kleinctl.executors import OnProgress, WorkerDied, WorkerHandle
 from kleinctl.generate import Request
 from kleinctl.home import home, server_file
 from kleinctl.problem import KleinctlError, Misuse, Problem
@@ -33,7 +33,7 @@ from kleinctl.worker import protocol
 from kleinctl.worker.protocol import MAX_LINE_BYTES, Close, Failed, Progress, Reply
 
 #: Whoever changes a message here changes the number.
-SPEAKS = f"kleinctl.serve/1 with {protocol.PROTOCOL}"
+SPEAKS = f"kleinctl.serve/2 with {protocol.PROTOCOL}"
 ADDRESS = "127.0.0.1"
 #: Seconds in which either side has to say its secret, and the most bytes that secret may have.
 SECRET_SECONDS, SECRET_BYTES = 2.0, 128
@@ -45,14 +45,15 @@ SLICE_SECONDS = 0.25
 class State:
     """What the server has, and what it is doing.
 
-    `request` is how pictures are made with it, still without jobs. `names` are the backend's name and aliases, `device`
-    is what people call the device. `vram_bytes` and `ram_bytes` were free when it planned. `working` is whether a
-    client has the model now, `waiting` how many want it after that.
+    `request` is how pictures are made with it, still without jobs. `names` are the backend's name and aliases,
+    `precisions` those that a job can ask it for, `device` is what people call the device. `vram_bytes` and `ram_bytes`
+    were free when it planned. `working` is whether a client has the model now, `waiting` how many want it after that.
     """
 
     pid: int
     request: Request
     names: tuple[str, ...]
+    precisions: tuple[str, ...]
     device: str
     vram_bytes: int
     ram_bytes: int
@@ -178,7 +179,7 @@ def server_lock() -> Path:
     return home() / "serve.lock"
 
 
-class Server:
+class Server(WorkerHandle):
     """A connection to the running server: a place where one worker runs (see `kleinctl.executors`), and that worker.
 
     `on_wait` hears how many others have the model first.
@@ -253,15 +254,6 @@ class Server:
     def stop(self) -> None:
         """Hang up. What the server does for this client ends."""
         self._line.close()
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.stop()
 
     def _send(self, message: Any) -> None:
         try:
@@ -340,13 +332,28 @@ def forgotten() -> bool:
 
 
 def private_file(path: Path, text: str) -> None:
-    """Write a file that nobody but the user can read at any moment (on Windows: as the user's profile is).
+    """Write a file that nobody but the user can read at any moment (on Windows: and administrators).
 
     Raises:
         OSError: it cannot be written.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     beside.unlink(missing_ok=True)
-    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
-        file.write(text)
+    os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    if sys.platform == "win32":
+        _own(beside)
+    beside.write_text(text, encoding="ascii")
     beside.replace(path)
+
+
+def _own(path: Path) -> None:
+    """Let nobody but the user have a file: a folder outside of the user's profile would let everybody read it.
+
+    Modes say nothing of that on Windows; a disk that knows no rights (FAT) cannot be helped.
+    """
+    import subprocess
+
+    user = "\\".join(os.environ[name] for name in ("USERDOMAIN", "USERNAME") if name in os.environ)
+    with contextlib.suppress(OSError):
+        command = ["icacls", str(path), "/inheritance:r", "/grant:r", f"{user}:F"]
+        subprocess.run(command, capture_output=True, check=False)

@@ -26,7 +26,7 @@ from kleinctl import generate, road, serve, store
 from kleinctl.executors import Executor, OnProgress, WorkerDied, WorkerHandle
 from kleinctl.facts.run import FinishedPicture
 from kleinctl.home import home, server_file
-from kleinctl.planner import compare
+from kleinctl.planner import compare, precisions
 from kleinctl.problem import KleinctlError, Problem
 from kleinctl.serve import Ask, Ended, Free, Line, State, Stop, Told, Waiting
 from kleinctl.worker.protocol import NO_USE, Close, Failed, Generate, Load, Loaded, Made, Progress, Reply
@@ -160,6 +160,7 @@ class Server:
                 pid=os.getpid(),
                 request=slim,
                 names=(backend.name, *backend.aliases),
+                precisions=precisions(backend),
                 device=self.ready.device,
                 vram_bytes=gpu.vram_free_bytes if gpu is not None and self.ready.where.cuda else 0,
                 ram_bytes=self.ready.hardware.ram_available_bytes,

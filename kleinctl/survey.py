@@ -70,7 +70,7 @@ def alternative(candidate: Candidate, chosen: Candidate | None) -> dict[str, Any
 
 def survey(plugins: Plugins, facts: Facts, **question: Any) -> Survey:
     """Judge this machine, whose facts have just been gathered: as `judge`, and what is wrong with kleinctl itself."""
-    found = judge(plugins, facts, **question)
+    found = judge(plugins, facts, here=True, **question)
     return replace(found, problems=(*plugins.problems, *broken(), *found.problems))
 
 
@@ -82,10 +82,12 @@ def judge(
     backend: str | None = None,
     changes: Mapping[str, Any] | None = None,
     plan_for: Hardware | None = None,
+    here: bool = False,
 ) -> Survey:
     """Judge facts, of this machine or from a report: run every check, and compare every backend.
 
-    `plan_for` is the machine to compare backends on, where that is not all of the facts' (`--vram-limit`).
+    `plan_for` is the machine to compare backends on, where that is not all of the facts' (`--vram-limit`). `here` is
+    whether the facts are this machine's: of another nothing is known beside them.
     Without `model` the automatic ones are considered in their order, and the first that runs there is chosen.
 
     Raises:
@@ -98,7 +100,7 @@ def judge(
     checks = [*own, *(offer.thing for offer in plugins.offers("kleinctl_checks"))]
     looked_at = [{"model": each} for each in models]
     results = run_checks(checks, facts.once(), [*looked_at, *facts.scenes()])
-    candidates, choice = best(offers, models, plan_for or facts.hardware, changes or {}, facts.environments)
+    candidates, choice = best(offers, models, plan_for or facts.hardware, changes or {}, facts.environments, here=here)
     return Survey(
         facts=facts,
         results=tuple(results),
@@ -121,11 +123,13 @@ def best(
     hardware: Hardware,
     changes: Mapping[str, Any],
     among: Sequence[Environment] | None = None,
+    *,
+    here: bool = True,
 ) -> tuple[list[Candidate], Choice | None]:
     """Every candidate in the order of the models, and the choice: the fastest of the first model that runs."""
     candidates, choice = [], None
     for model in models:
-        own = compare(offers, model, hardware, default_job(model, **changes), among)
+        own = compare(offers, model, hardware, default_job(model, **changes), among, here=here)
         choice = choice or choose(own)
         candidates += own
     return candidates, choice

@@ -8,7 +8,7 @@ import json
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
@@ -19,11 +19,17 @@ from kleinctl import KleinctlError, Problem
 MAX_JSON, MAX_PICTURE, ANSWER_SECONDS = 8 * 2**20, 512 * 2**20, 30.0
 #: Seconds between two looks at the queue, and after which a queue that does not move is said to hang.
 LOOK_SECONDS, HANG_SECONDS = 1.0, 600.0
+#: Seconds for which a job before ours may show no steps before that is told.
+QUIET_SECONDS = 30.0
+#: How names of pictures end.
+PICTURES = (".png", ".webp", ".jpg", ".jpeg", ".gif")
 #: So often in a row a prompt may be in neither queue nor history: for a moment it moves from one to the other.
 GONE_LOOKS = 5
 
-#: `told(node, value, most)`: a node runs (`most` 0: it has no steps); without a node, `value` jobs are before ours.
+#: `told(node, value, most)`: a node runs (`most` 0: it has no steps). Without a node, of what is before ours: `value`
+#: jobs (`most` 0), steps of the one that runs, or jobs (`most` UNSEEN) of which the one that runs shows us no steps.
 Told = Callable[[str, float, float], None]
+UNSEEN = -1.0
 
 
 class Refused(Exception):
@@ -43,12 +49,17 @@ class Failed(Exception):
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture as the server names it."""
+class File:
+    """A file as the server names it; `type` is the kind of its folder."""
 
     filename: str
     subfolder: str = ""
     type: str = "output"
+
+    @property
+    def pictured(self) -> bool:
+        """Whether it is a picture by its name."""
+        return self.filename.lower().endswith(PICTURES)
 
 
 class Client:
@@ -99,9 +110,9 @@ class Client:
         text = self._request("/upload/image", body, f"multipart/form-data; boundary={boundary}", MAX_JSON)
         return f"{_mapping(self._json(text, '/upload/image')).get('name', name)} [temp]"
 
-    def picture(self, picture: Picture) -> bytes:
+    def picture(self, file: File) -> bytes:
         """The bytes of a picture."""
-        return self._request(f"/view?{urlencode(vars(picture))}", None, "", MAX_PICTURE)
+        return self._request(f"/view?{urlencode(vars(file))}", None, "", MAX_PICTURE)
 
     def stop(self, prompt: str) -> None:
         """Take a prompt out of the queue, and end it where it runs."""
@@ -117,8 +128,12 @@ class Client:
         """Let the server drop its models and what it has cached."""
         self.ask("/free", {"unload_models": True, "free_memory": True})
 
-    def run(self, graph: Mapping[str, Any], told: Told, queued: Callable[[str], None] = lambda prompt: None) -> Picture:
-        """Queue a graph, and wait for its first picture. `queued` hears the prompt's id as soon as it has one.
+    def run(
+        self, graph: Mapping[str, Any], told: Told, queued: Callable[[str], None] = lambda prompt: None
+    ) -> list[File]:
+        """Queue a graph, and wait for its files; the first is its picture, if there is one.
+
+        `queued` hears the prompt's id as soon as it has one.
 
         What came of it is read from the history; the websocket tells no more than progress, so it may skip and drop.
 
@@ -133,52 +148,37 @@ class Client:
                 raise self._silent("/prompt gave no prompt_id")
             queued(prompt)
             try:
-                return _picture(self._wait(prompt, events, told))
+                return _files(self._wait(prompt, events, told))
             except Failed:
                 raise
-            except Exception:
+            except BaseException:
                 with contextlib.suppress(Refused, KleinctlError):
                     self.stop(prompt)
                 raise
 
     def _wait(self, prompt: str, events: _Events, told: Told) -> Mapping[str, Any]:
         """The prompt's entry in the history, once it is there; it is looked for though events come without end."""
-        moved = looked = time.monotonic()
-        gone, place = 0, None
+        watch, looked = _Watch(prompt, told), time.monotonic()
         while True:
             event = events.next(LOOK_SECONDS)
             if event is not None and not _ends(event, prompt):
-                moved = _tell(event, prompt, told) or moved
+                watch.hear(event)
                 if time.monotonic() - looked < LOOK_SECONDS:
                     continue
             looked = time.monotonic()
             entry = self._history(prompt)
             if entry:
                 return entry
-            now = self._place(prompt)
-            gone = gone + 1 if now is None else 0
-            if gone >= GONE_LOOKS:
+            watch.look(self.ask("/queue"), heard=events.open)
+            if watch.gone >= GONE_LOOKS:
                 raise Failed({"exception_message": "the job is no longer in its queue: someone removed it"})
-            if now is not None and now != place:
-                place, moved = now, time.monotonic()
-            if place:
-                told("", place, 0)
-            if time.monotonic() - moved > HANG_SECONDS:
-                raise self._hangs(place or 0)
+            if time.monotonic() - watch.moved > HANG_SECONDS:
+                raise self._hangs(watch.before)
 
     def _history(self, prompt: str) -> Mapping[str, Any]:
         """What became of a prompt; empty as long as it has not ended."""
         entry = _mapping(_mapping(self.ask(f"/history/{quote(prompt, safe='')}")).get(prompt))
         return entry if _mapping(entry.get("status")).get("status_str") else {}
-
-    def _place(self, prompt: str) -> int | None:
-        """How many jobs are before a prompt in the queue, 0 where it runs; None where it is not there."""
-        queue = self.ask("/queue")
-        running = [entry[1] for entry in _entries(queue, "queue_running")]
-        pending = [entry[1] for entry in sorted(_entries(queue, "queue_pending"), key=lambda entry: _number(entry[0]))]
-        if prompt in running:
-            return 0
-        return len(running) + pending.index(prompt) if prompt in pending else None
 
     def _json(self, text: bytes, path: str) -> Any:
         try:
@@ -218,34 +218,97 @@ class Client:
         return KleinctlError(Problem(what, f"{self.url}{why}.", fix, name="comfyui-silent"))
 
     def _hangs(self, before: int) -> KleinctlError:
-        waits = f"{before} jobs are before this one" if before else "this job runs"
+        waits = f"jobs before this one: {before}" if before else "this job runs"
         why = f"Nothing has moved for {HANG_SECONDS / 60:.0f} minutes; {waits}."
         fix = f"open {self.url} and cancel what runs, or start ComfyUI again"
         return KleinctlError(Problem("ComfyUI's queue hangs", why, fix, name="comfyui-hangs"))
 
 
+class _Watch:
+    """What moves while a prompt waits and runs.
+
+    ComfyUI tells steps to the client alone that queued the job, and to all of one that was queued without a client. So
+    of somebody else's nobody here can know whether it hangs: it is waited for.
+    """
+
+    def __init__(self, prompt: str, told: Told) -> None:
+        #: When something moved last, or could have moved unseen; jobs before ours; looks that did not find ours.
+        self.moved, self.before, self.gone = time.monotonic(), 0, 0
+        self._prompt, self._told = prompt, told
+        self._last: tuple[str, float, float] = ("", 0, 0)
+        self._queue: tuple[str, int] | None = None
+        self._changed = time.monotonic()
+
+    def hear(self, event: Mapping[str, Any]) -> None:
+        """Take in an event, and pass on what it says of the prompt, or of the one that runs before it."""
+        data = _mapping(event.get("data"))
+        ours, steps = data.get("prompt_id") == self._prompt, event.get("type") == "progress"
+        if not ours and (self._queue is None or data.get("prompt_id") != self._queue[0]):
+            return
+        self.moved = time.monotonic()
+        if ours and event.get("type") == "executing":
+            self._tell(str(data.get("node")), 0, 0)
+        elif steps and (ours or _number(data.get("max")) > 0):
+            self._tell(str(data.get("node")) if ours else "", _number(data.get("value")), _number(data.get("max")))
+
+    def look(self, queue: Any, *, heard: bool) -> None:
+        """Take in the queue; `heard` is whether events come at all."""
+        running = _entries(queue, "queue_running")
+        waiting = sorted(_entries(queue, "queue_pending"), key=lambda entry: _number(entry[0]))
+        jobs = [entry[1] for entry in (*running, *waiting)]
+        if self._prompt not in jobs:
+            self.gone += 1
+            return
+        runs = any(entry[1] == self._prompt for entry in running)
+        self.gone, self.before = 0, 0 if runs else jobs.index(self._prompt)
+        first = running[0] if running and not runs else None
+        now, state = time.monotonic(), (str(first[1]) if first else "", self.before)
+        if state != self._queue:
+            self._queue, self.moved, self._changed = state, now, now
+            if self.before:
+                self._tell("", self.before, 0)
+        elif not heard or (first is not None and _private(first)):
+            self.moved = now
+            unseen = self.before > 0 and now - self._changed > QUIET_SECONDS
+            self._tell(*(("", self.before, UNSEEN) if unseen else self._last))  # it is not we who fell silent
+
+    def _tell(self, node: str, value: float, most: float) -> None:
+        self._last = (node, value, most)
+        self._told(node, value, most)
+
+
 class _Events:
-    """The messages of a websocket as they come; none where it cannot be had, or has dropped."""
+    """The messages of a websocket as they come; none where it cannot be had, or for as long as it has dropped."""
 
     def __init__(self, url: str) -> None:
         import websocket
 
         self._errors: tuple[type[Exception], ...] = (websocket.WebSocketException, OSError)
         self._timeout = websocket.WebSocketTimeoutException
+        self._url, self._connect = url, websocket.create_connection
         self._socket: Any = None
+        self._open()
+
+    def _open(self) -> None:
         with contextlib.suppress(*self._errors):
             # A browser's Origin is what ComfyUI compares with Host; a program sends none.
             # With a connection of our own no proxy that the environment names is asked.
-            parts = urlsplit(url)
+            parts = urlsplit(self._url)
             connected = socket.create_connection((parts.hostname, parts.port or 80), ANSWER_SECONDS)
-            self._socket = websocket.create_connection(
-                url, ANSWER_SECONDS, socket=connected, suppress_origin=True, redirect_limit=0
+            self._socket = self._connect(
+                self._url, ANSWER_SECONDS, socket=connected, suppress_origin=True, redirect_limit=0
             )
+
+    @property
+    def open(self) -> bool:
+        """Whether messages can come."""
+        return self._socket is not None
 
     def next(self, seconds: float) -> dict[str, Any] | None:
         """The next message, or None after so many seconds. Previews, which are binary, are left out."""
         if self._socket is None:
             time.sleep(seconds)
+            self._open()
             return None
         try:
             self._socket.settimeout(seconds)
@@ -276,16 +339,9 @@ def _ends(event: Mapping[str, Any], prompt: str) -> bool:
     return data.get("prompt_id") == prompt and (ended or last)
 
 
-def _tell(event: Mapping[str, Any], prompt: str, told: Told) -> float | None:
-    """Pass on what an event says of the prompt; the time where it says something."""
-    data = _mapping(event.get("data"))
-    if data.get("prompt_id") != prompt:
-        return None
-    if event.get("type") == "executing":
-        told(str(data.get("node")), 0, 0)
-    elif event.get("type") == "progress":
-        told(str(data.get("node")), _number(data.get("value")), _number(data.get("max")))
-    return time.monotonic()
+def _private(entry: Sequence[Any]) -> bool:
+    """Whether the steps of a job in the queue are told to its own client alone."""
+    return len(entry) > 3 and _mapping(entry[3]).get("client_id") is not None
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -304,11 +360,11 @@ def _entries(queue: Any, key: str) -> list[Any]:
     return [each for each in _list(_mapping(queue).get(key)) if isinstance(each, list) and len(each) > 1]
 
 
-def _picture(entry: Mapping[str, Any]) -> Picture:
-    """The first picture of a prompt that has ended: one that was saved before those that were merely shown.
+def _files(entry: Mapping[str, Any]) -> list[File]:
+    """The files of a prompt that has ended: pictures first, and those that were saved before those merely shown.
 
     Raises:
-        Failed: it has none.
+        Failed: it did not end well, or has none.
     """
     for message in _list(_mapping(entry.get("status")).get("messages")):
         name, said = message if isinstance(message, list) and len(message) == 2 else ("", {})
@@ -317,8 +373,13 @@ def _picture(entry: Mapping[str, Any]) -> Picture:
         if name == "execution_interrupted":
             raise Failed({**_mapping(said), "exception_message": "the job was interrupted, here or on ComfyUI's page"})
     shown = [
-        image for output in _mapping(entry.get("outputs")).values() for image in _list(_mapping(output).get("images"))
+        _mapping(each)
+        for output in _mapping(entry.get("outputs")).values()
+        for several in _mapping(output).values()  # `images`; custom nodes have `gifs`, `audio` and others
+        for each in _list(several)
     ]
-    for image in sorted(map(_mapping, shown), key=lambda image: image.get("type") != "output"):
-        return Picture(*(str(image.get(key, "")) for key in ("filename", "subfolder", "type")))
-    raise Failed({"exception_message": "it gave no picture; is there a SaveImage node in the workflow?"})
+    keys = ("filename", "subfolder", "type")
+    found = [File(*(str(each.get(key, "")) for key in keys)) for each in shown if each.get("filename")]
+    if not found:
+        raise Failed({"exception_message": "it gave no picture; is there a SaveImage node in the workflow?"})
+    return sorted(found, key=lambda file: (not file.pictured, file.type != "output"))

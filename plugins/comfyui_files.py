@@ -10,10 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kleinctl import KleinctlError, Model, Problem
-from kleinctl.checks import pairing
-from kleinctl.facts.comfyui import catalogue
-from kleinctl.identify import Identity, TextEncoder, Transformer, Vae, identify
+from kleinctl import KleinctlError, Model, Problem, comfyui, identify, misfits
 
 ROLES = {"transformer": "transformer", "text-encoder": "text encoder", "vae": "VAE"}
 #: Size, time of the last change in nanoseconds, and number of a file: another file under a name has others.
@@ -31,7 +28,7 @@ class Load:
 
 def loads(api: Mapping[str, Mapping[str, Any]]) -> list[Load]:
     """The weights that a graph loads."""
-    known = {each["node"]: each for each in catalogue()["loader"] if each["role"] in ROLES}
+    known = {each["node"]: each for each in comfyui.catalogue()["loader"] if each["role"] in ROLES}
     found = []
     for node in (each for each in api.values() if isinstance(each, dict)):
         loader, inputs = known.get(str(node.get("class_type"))), node.get("inputs")
@@ -56,7 +53,7 @@ def check(found: Mapping[Load, Path], model: Model, *, editing: bool) -> None:
     Raises:
         KleinctlError: one is broken, or belongs to something else.
     """
-    known = {load: identify(path, [model]) for load, path in found.items()}
+    known = {load: identify.identify(path, [model]) for load, path in found.items()}
     fix = f"kleinctl install --model {model.name} --backend comfyui-fp8"
     kleins = [each for load, each in known.items() if load.role == "transformer"]
     others = [each for each in kleins if each.whole and each.role == "transformer"]
@@ -66,25 +63,20 @@ def check(found: Mapping[Load, Path], model: Model, *, editing: bool) -> None:
         raise KleinctlError(replace(problem, fix=fix, remedy=None))
 
 
-def _problems(known: Mapping[Load, Identity], editing: bool) -> list[Problem]:
+def _problems(known: Mapping[Load, identify.Identity], editing: bool) -> list[Problem]:
     alone = (_broken, _role, _layout, _scales, _statistics, _decoder if editing else _nothing)
     found = [problem for load, each in known.items() for judge in alone if (problem := judge(load, each))]
-    facts = [each.facts for each in known.values()]
-    for transformer in (each for each in facts if isinstance(each, Transformer)):
-        pairs = [pairing.text_encoder_width.function(transformer, e) for e in facts if isinstance(e, TextEncoder)]
-        pairs += [pairing.vae_channels.function(transformer, each) for each in facts if isinstance(each, Vae)]
-        found += [problem for problem in pairs if isinstance(problem, Problem)]
-    return found
+    return found + misfits(each.facts for each in known.values())
 
 
-Judge = Callable[[Load, Identity], "Problem | None"]
+Judge = Callable[[Load, identify.Identity], "Problem | None"]
 
 
-def _nothing(load: Load, found: Identity) -> Problem | None:
+def _nothing(load: Load, found: identify.Identity) -> Problem | None:
     return None
 
 
-def _broken(load: Load, found: Identity) -> Problem | None:
+def _broken(load: Load, found: identify.Identity) -> Problem | None:
     if found.whole:
         return None
     name, path = f"weights-{found.kind}", str(found.path)
@@ -92,7 +84,7 @@ def _broken(load: Load, found: Identity) -> Problem | None:
     return Problem(f"{load.name} is no whole weights file", f"It is {found.saw}.", "", name=name, path=path, ref=ref)
 
 
-def _role(load: Load, found: Identity) -> Problem | None:
+def _role(load: Load, found: identify.Identity) -> Problem | None:
     if found.role == load.role:
         return None
     names = {"transformer": "wrong-transformer", "text-encoder": "wrong-text-encoder", "vae": "wrong-vae"}
@@ -101,7 +93,7 @@ def _role(load: Load, found: Identity) -> Problem | None:
     return Problem(what, why, "", name=names[load.role], path=str(found.path), ref="B16")
 
 
-def _layout(load: Load, found: Identity) -> Problem | None:
+def _layout(load: Load, found: identify.Identity) -> Problem | None:
     if found.role != "transformer" or found.layout != "diffusers":
         return None
     what = f"{load.name} has the layout of diffusers"
@@ -109,7 +101,7 @@ def _layout(load: Load, found: Identity) -> Problem | None:
     return Problem(what, why, "", name="diffusers-file-in-comfyui", path=str(found.path), ref="B16")
 
 
-def _scales(load: Load, found: Identity) -> Problem | None:
+def _scales(load: Load, found: identify.Identity) -> Problem | None:
     if getattr(found.facts, "scales", None) != "unmarked":
         return None
     what = f"ComfyUI would ignore the fp8 scales of {load.name}"
@@ -117,16 +109,16 @@ def _scales(load: Load, found: Identity) -> Problem | None:
     return Problem(what, why, "", name="fp8-scales-unread", path=str(found.path), ref="C22")
 
 
-def _statistics(load: Load, found: Identity) -> Problem | None:
-    if not isinstance(found.facts, Vae) or found.family != "flux2-vae" or found.facts.statistics:
+def _statistics(load: Load, found: identify.Identity) -> Problem | None:
+    if not isinstance(found.facts, identify.Vae) or found.family != "flux2-vae" or found.facts.statistics:
         return None
     what = f"{load.name} lacks the statistics of its latents"
     why = "Wanted are bn.running_mean and bn.running_var; without them ComfyUI takes it for another kind of VAE."
     return Problem(what, why, "", name="wrong-vae", path=str(found.path), ref="C09")
 
 
-def _decoder(load: Load, found: Identity) -> Problem | None:
-    if not isinstance(found.facts, Vae) or found.facts.encoder:
+def _decoder(load: Load, found: identify.Identity) -> Problem | None:
+    if not isinstance(found.facts, identify.Vae) or found.facts.encoder:
         return None
     what = f"{load.name} is a decoder only"
     why = "An edit encodes its reference pictures; ComfyUI would do that with weights that were never set."

@@ -12,12 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kleinctl_plugins import comfyui_files, comfyui_graph
-from kleinctl_plugins.comfyui_client import Failed, Refused
-from kleinctl_plugins.comfyui_device import Beside
+from kleinctl_plugins import comfyui_client, comfyui_files, comfyui_graph
+from kleinctl_plugins.comfyui_client import UNSEEN, Client, Failed, File, Refused
 from kleinctl_plugins.comfyui_files import Load, Mark
 from kleinctl_plugins.comfyui_graph import STAGES, Api, Files, Reference
-from kleinctl_plugins.comfyui_server import Server, forbidden, open_server, quoted
+from kleinctl_plugins.comfyui_server import Server, forbidden, open_server, quoted, running_server
 from kleinctl_plugins.pipeline import open_references
 
 from kleinctl import (
@@ -31,12 +30,13 @@ from kleinctl import (
     Model,
     Part,
     Problem,
+    WatchedDevice,
+    comfyui,
     hookimpl,
+    logs,
     memory,
     pictures,
 )
-from kleinctl.home import models_folder
-from kleinctl.logs import explain
 
 kleinctl_api = 1
 
@@ -55,6 +55,11 @@ INPUTS = {
     "text-encoder": ("CLIPLoader", "clip_name"),
     "vae": ("VAELoader", "vae_name"),
 }
+#: VRAM that may come free between the plan and the start, without a limit.
+ODD_BYTES = 2**30
+#: What is shown while somebody else's job is before ours: with its steps, or where ComfyUI does not tell them.
+BEFORE = "queue, the job before this one"
+HIDDEN = "queue, behind a job that shows its steps to its own page alone (Ctrl-C takes this one out)"
 #: The oldest compute capability with arithmetic in four bits.
 NVFP4 = (12, 0)
 
@@ -75,11 +80,13 @@ class ComfyuiFp8:
     precisions = ("fp8", "bf16", "nvfp4")
 
     def __init__(self) -> None:
-        self._device: Beside | None = None
+        self._device: WatchedDevice | None = None
 
     def health(self, hardware: Hardware, environment: Environment | None) -> Problem | None:
-        from kleinctl import comfyui
+        return None
 
+    def absent(self) -> Problem | None:
+        """What is lacking of the ComfyUI that kleinctl knows of."""
         checkout = comfyui.known()
         return comfyui.trouble(checkout) if checkout is not None else not_installed()
 
@@ -118,9 +125,9 @@ class ComfyuiFp8:
         rate = memory.copy_rate(hardware.gpu, hardware.rates) * RATE_SHARE
         return arithmetic + saving * (1 + PACKINGS) + TURN_SECONDS + min(weights, MOVES * lacks) / rate
 
-    def open_device(self, budget: Budget) -> Beside:
+    def open_device(self, budget: Budget) -> WatchedDevice:
         """What the worker measures: the card that the server computes on."""
-        self._device = Beside(budget)
+        self._device = WatchedDevice(budget)
         return self._device
 
     def workflow(self, model: Model, job: Job) -> dict[str, Any]:
@@ -134,13 +141,31 @@ class ComfyuiFp8:
         Raises:
             KleinctlError: it cannot be read, is in the page's format, or has no prompt.
         """
-        comfyui_graph.with_job(comfyui_graph.read_workflow(path), job, path=path)
+        references = [Reference(each.name, 0) for each in job.images]
+        comfyui_graph.with_job(comfyui_graph.read_workflow(path), job, references, path)
+
+    def check_server(self, url: str) -> None:
+        """Whether a server can be `Budget.server`, as far as its URL tells.
+
+        Raises:
+            KleinctlError: it is not on this machine.
+        """
+        Client(url)
 
     def load(self, model: InstalledModel, budget: Budget) -> Session:
-        session = Session(model, budget)
+        session = Session(model, self._as_it_is(budget))
         if self._device is not None:
-            self._device.server = session.server.pid
+            self._device.process = session.server.pid
         return session
+
+    def _as_it_is(self, budget: Budget) -> Budget:
+        """The budget with what is free of the card now: a limit that was typed is all that a plan knows as free."""
+        gpu = budget.hardware.gpu if budget.hardware else None
+        used = self._device.measure().card_used_bytes if self._device else 0
+        if budget.hardware is None or gpu is None or not used:
+            return budget
+        now = replace(gpu, vram_free_bytes=max(0, gpu.vram_bytes - used))
+        return replace(budget, hardware=replace(budget.hardware, gpus=(now,)))
 
 
 def not_installed() -> Problem:
@@ -173,8 +198,9 @@ def _unoffered(model: Model, hardware: Hardware, job: Job) -> str | None:
     offered = model.precisions(ComfyuiFp8.layout)
     if job.precision and job.precision not in offered:
         return f"{model.name} comes as {', '.join(offered) or 'one file'} for ComfyUI; {job.precision} was asked for."
-    if job.precision == "nvfp4" and hardware.gpu and hardware.gpu.capability < NVFP4:
-        return f"nvfp4 wants an sm_120 card; {hardware.gpu.name} is {hardware.gpu.arch}."
+    gpu = hardware.gpu
+    if job.precision == "nvfp4" and (gpu is None or gpu.capability < NVFP4):
+        return f"nvfp4 wants an sm_120 card; {f'{gpu.name} is {gpu.arch}' if gpu else 'there is none here'}."
     return None
 
 
@@ -195,12 +221,11 @@ class Session:
     strategy = "dynamic"
 
     def __init__(self, model: InstalledModel, budget: Budget) -> None:
-        from kleinctl import comfyui
-
-        checkout = comfyui.known()
-        if checkout is None:
+        #: None for a server that was named: of its files nothing is known but what it lists.
+        self.checkout = None if budget.server else comfyui.known()
+        if self.checkout is None and not budget.server:
             raise KleinctlError(not_installed())
-        self.model, self.budget, self.checkout = model, budget, checkout
+        self.model, self.budget = model, budget
         self.warnings: list[str] = []
         self._loaded: dict[Path, Mark] = {}
         self._offers: dict[str, Mapping[str, Any]] = {}
@@ -208,10 +233,32 @@ class Session:
         self.server = self._open()
 
     def _open(self) -> Server:
-        from kleinctl import comfyui
-
         self._offers, self._loaded = {}, {}
-        return open_server(self.checkout, self.budget, None if self.checkout.url else comfyui.paths_file())
+        if self.checkout is None:
+            server = open_server(None, self.budget, None)
+            server.empty()  # so that it begins as one that is started now
+            return server
+        running = running_server(self.checkout)
+        if running is not None and self._has_model(running):
+            gpu = self.budget.hardware.gpu if self.budget.hardware else None
+            if gpu is not None and memory.usable_vram(gpu) > self.budget.vram_bytes + ODD_BYTES:
+                self._say(f"the ComfyUI at {running.url} runs as its user started it, and knows of no --vram-limit")
+            return running
+        self._offers = {}
+        return open_server(self.checkout, self.budget, comfyui.paths_file())
+
+    def _has_model(self, server: Server) -> bool:
+        """Whether a server that runs lists the model's files; one that does not is left."""
+        self.server = server
+        try:
+            self._names()
+        except KleinctlError as error:
+            server.close()
+            if error.problem.name != "comfyui-lacks-model":
+                raise
+            self._say(f"the ComfyUI at {server.url} lacks files of the model, so another was started beside it")
+            return False
+        return True
 
     def _reopen(self) -> None:
         self.server.close()
@@ -238,8 +285,10 @@ class Session:
         """The picture of a graph, fetched and looked at."""
         client = self.server.client
         try:
-            made = client.run(api, _Told(api, job, progress), self.server.watch)
-            png = client.picture(made)
+            made, *others = client.run(api, _Told(api, job, progress), self.server.watch)
+            if not made.pictured:
+                raise KleinctlError(self._no_picture([made, *others]))
+            picture = client.picture(made)
         except Refused as error:
             raise self._rejected(api, error) from None
         except Failed as error:
@@ -247,7 +296,27 @@ class Session:
         finally:
             self.server.watch(None)
         progress("decode", 1, 1)
-        return _opened(png, made.filename)
+        saved = [file for file in others if file.type == "output"]
+        if saved:
+            self._say(f"the workflow made {1 + len(saved)} files; left where ComfyUI put them: {self._places(saved)}")
+        image, kind, frames = _opened(picture, made.filename)
+        if frames > 1:
+            self._say(f"the PNG has the first of {frames} pictures; ComfyUI made them all as {self._places([made])}")
+        elif kind != "PNG":
+            self._say(f"the PNG has the pixels of a {kind} file; ComfyUI made it as {self._places([made])}")
+        return image
+
+    def _places(self, files: Sequence[File]) -> str:
+        """Where files of the server lie, as far as that is known."""
+        folder = comfyui.folder() / "run" if self.server.ours else Path()
+        paths = [str(folder / each.type / each.subfolder / each.filename) for each in files[:4]]
+        return ", ".join(paths) + (f" and {len(files) - 4} more" if len(files) > 4 else "")
+
+    def _no_picture(self, files: Sequence[File]) -> Problem:
+        ends = ", ".join(comfyui_client.PICTURES)
+        why = f"Wanted is a file that ends in {ends}; it made {self._places(files)}, which stays there."
+        fix = "add a SaveImage node to the workflow, and export it again"
+        return Problem("the workflow made no picture", why, fix, name="workflow-without-picture")
 
     def close(self) -> None:
         self.server.close()
@@ -260,12 +329,21 @@ class Session:
         workflow = job.workflow
         if workflow:
             own = Path(workflow)
-            api: Api = comfyui_graph.with_job(comfyui_graph.read_workflow(own), job, references, own)
+            given = comfyui_graph.read_workflow(own)
+            api: Api = comfyui_graph.with_job(given, job, references, own, self._say)
         else:
-            api = comfyui_graph.picture(self._names(job), job, self.model.manifest.variant, references).api()
+            api = comfyui_graph.picture(self._names(job.precision), job, self.model.manifest.variant, references).api()
         api = comfyui_graph.validate(api, self._offered)
-        found = {load: path for load in comfyui_files.loads(api) if (path := self._where(load))}
-        return Drawn(api, found)
+        places = {load: self._where(load) for load in comfyui_files.loads(api)}
+        unseen = [load.name for load, path in places.items() if path is None and Path(load.name).suffix]
+        if unseen and self.checkout is not None:
+            self._say(f"not looked at before the run, for it was not found on the disk: {', '.join(unseen)}")
+        return Drawn(api, {load: path for load, path in places.items() if path is not None})
+
+    def _say(self, text: str) -> None:
+        """Warn, once for a picture."""
+        if text not in self.warnings:
+            self.warnings.append(text)
 
     def _offered(self, kind: str) -> Mapping[str, Any]:
         """What the server says of a node. Lists of files change, so those of loaders are asked for each time."""
@@ -276,8 +354,8 @@ class Session:
                 raise forbidden(error, self.server.url) from None
         return self._offers[kind]
 
-    def _names(self, job: Job) -> Files:
-        """The model's files as the server lists them.
+    def _names(self, precision: str = "") -> Files:
+        """The model's files, those of a precision or those that are here, as the server lists them.
 
         Raises:
             KleinctlError: one is not there.
@@ -285,7 +363,7 @@ class Session:
         names = {}
         for role, (node, key) in INPUTS.items():
             listed = comfyui_graph.choices(self._offered(node), key)
-            wanted = self._wanted(role, job.precision)
+            wanted = self._wanted(role, precision)
             names[role] = next((name for part in wanted for name in listed if _base(name) == part.name), "")
             if not names[role]:
                 raise KleinctlError(self._lacks(role, wanted, listed))
@@ -297,30 +375,32 @@ class Session:
         if role == "transformer" and precision:
             return [part for part in manifest.parts_for(layout, precision) if part.role == role]
         every = [part for part in manifest.parts if part.role == role and layout in part.to]
-        return [part for part in every if (self.model.folder / part.to[layout]).is_file()] or every
+        here = [part for part in every if self.checkout and (self.model.folder / part.to[layout]).is_file()]
+        return here or every
 
     def _lacks(self, role: str, wanted: Sequence[Part], listed: Sequence[str]) -> Problem:
         names = " or ".join(dict.fromkeys(part.name for part in wanted)) or "a file"
         install = f"kleinctl install --model {self.model.manifest.name} --backend comfyui-fp8"
         fix = install if self.server.ours else f"{install}   # then start ComfyUI again"
+        fix = fix if self.checkout else "kleinctl doctor --comfyui DIR   # the folder of that server"
         why = f"Wanted is {names}; it lists {', '.join(listed[:8]) or 'none'}{', …' if len(listed) > 8 else ''}."
         what = f"ComfyUI has no {comfyui_files.ROLES[role]} of {self.model.manifest.name}"
         return Problem(what, why, fix, name="comfyui-lacks-model", ref="E03")
 
     def _where(self, load: Load) -> Path | None:
         """The file behind a name: ours come first in a server that we start, the user's own in one that runs."""
-        own = [self.model.folder, *sorted(models_folder().glob("*/comfyui"))]
+        if self.checkout is None:
+            return None
+        own = [self.model.folder, *comfyui.places()]
         ours = [folder / load.kind for folder in own]
-        theirs = [Path(folder) for folder in self._their_folders.get(load.kind, ())]
+        theirs = [Path(folder) for folder in (self.server.folders or self._their_folders).get(load.kind, ())]
         folders = ours + theirs if self.server.ours else theirs + ours
         return next((path for folder in folders if (path := folder / load.name).is_file()), None)
 
     @cached_property
     def _their_folders(self) -> Mapping[str, Sequence[str]]:
         """The folders that the checkout itself searches, by kind."""
-        from kleinctl.facts import comfyui as facts
-
-        found = facts.read(self.checkout.base or self.checkout.path)
+        found = comfyui.read(self.checkout.base or self.checkout.path) if self.checkout else None
         return found.folders if found else {}
 
     def _references(self, job: Job) -> list[Reference]:
@@ -397,7 +477,7 @@ class Session:
     def _explained(self, api: Api, said: Mapping[str, Any], message: str) -> KleinctlError:
         """What is known of such an answer, with the file that it comes from."""
         text = json.dumps({"prompt": api, **said}, indent=1)
-        for match in explain(text):
+        for match in logs.explain(text):
             problem = match.problem
             meant = problem.path or self._meant(api, problem, str(said.get("node_type") or ""))
             return KleinctlError(replace(problem, path=meant))
@@ -423,12 +503,16 @@ class _Told:
 
     def __init__(self, api: Api, job: Job, progress: Any) -> None:
         self._api, self._job, self._progress, self._stage = api, job, progress, "load"
+        self._jobs = 0
 
     def __call__(self, node: str, value: float, most: float) -> None:
         if not node:
-            self._progress("queue", 0, int(value) + 1)
+            self._waits(int(value), int(most))
             return
         kind = str(self._api.get(node, {}).get("class_type", ""))
+        if kind not in STAGES and most > 1:  # somebody's own, which takes its time
+            self._progress(kind or "load", int(value), int(most))
+            return
         if kind not in STAGES and self._stage == "denoise":
             return  # the steps are done: a node after the sampler does not begin them again
         self._stage = STAGES.get(kind, self._stage)
@@ -436,6 +520,16 @@ class _Told:
             self._progress("denoise", int(value), int(most) or self._job.steps)
         else:
             self._progress(self._stage, 0, 1)
+
+    def _waits(self, value: int, most: int) -> None:
+        """Jobs before ours, as those of them that have ended; or steps of the one that runs."""
+        if most > 0:
+            self._progress(BEFORE, value, most)
+        elif not value:
+            self._progress(self._stage, 0, 1)
+        else:
+            self._jobs = max(self._jobs, value)
+            self._progress(HIDDEN if most == UNSEEN else "queue", self._jobs - value, self._jobs + 1)
 
 
 def _base(name: str) -> str:
@@ -455,8 +549,8 @@ def _begun(entry: Mapping[str, Any]) -> float:
     return float("inf")
 
 
-def _opened(png: bytes, name: str) -> Any:
-    """The picture in what the server gave.
+def _opened(given: bytes, name: str) -> tuple[Any, str, int]:
+    """The picture in what the server gave, the kind of its file, and how many pictures that has.
 
     Raises:
         KleinctlError: it is none, or not whole.
@@ -464,9 +558,10 @@ def _opened(png: bytes, name: str) -> Any:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
-            return image.convert("RGB")
+        with Image.open(io.BytesIO(given), formats=("PNG", "JPEG", "WEBP", "GIF")) as image:
+            kind, frames = str(image.format), int(getattr(image, "n_frames", 1))
+            return image.convert("RGB"), kind, frames
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        why = f"ComfyUI gave {len(png)} bytes as {name}, which are no whole PNG: {error}."
+        why = f"ComfyUI gave {len(given)} bytes as {name}, which are no whole picture: {error}."
         fix = "draw it again; if it stays so: kleinctl doctor"
         raise KleinctlError(Problem("the picture came damaged", why, fix, name="picture-damaged")) from None

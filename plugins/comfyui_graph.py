@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kleinctl import Job, KleinctlError, Model, Problem, memory
-from kleinctl.facts import workflow as workflows
-from kleinctl.facts.comfyui import catalogue
+from kleinctl import Job, KleinctlError, Model, Problem, comfyui, memory
 
 #: What a graph may hold as `/prompt` takes it: `{node id: {"class_type", "inputs"}}`.
 Api = Mapping[str, Mapping[str, Any]]
@@ -49,7 +46,11 @@ STAGES: Mapping[str, str] = {
 #: Names of inputs that lead from a sampler to its prompt, and those that hold what a job replaces.
 TO_PROMPT = ("guider", "positive", "conditioning")
 PROMPTS, SEEDS, SIZES = ("text", "prompt"), ("noise_seed", "seed"), ("width", "height")
-SCHEDULERS = ("Flux2Scheduler",)
+SCHEDULERS = ("Flux2Scheduler", "ModelSamplingFlux")
+#: What a value may be that takes the place of another.
+Kinds = type | tuple[type, ...]
+TEXT: Kinds = str
+NUMBER: Kinds = (int, float)
 EXPORT = "in ComfyUI: Workflow > Export (API), and give that file"
 #: Pixels between two nodes on the page, and how many stand in a column.
 COLUMN, ROW, ROWS = 380, 200, 4
@@ -228,7 +229,7 @@ def _drawn(number: int, key: str, kind: str, inputs: Mapping[str, Any], links: l
         "inputs": slots,
         "outputs": [{"name": each, "type": each, "links": [], "slot_index": at} for at, each in enumerate(outputs)],
         "properties": {"Node name for S&R": kind, "cnr_id": "comfy-core"},
-        "widgets_values": [inputs.get(name, extra.get(name)) for name in catalogue()["widgets"].get(kind, ())],
+        "widgets_values": [inputs.get(name, extra.get(name)) for name in comfyui.catalogue()["widgets"].get(kind, ())],
     }
 
 
@@ -241,7 +242,7 @@ def read_workflow(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         KleinctlError: it cannot be read, or is in the format of ComfyUI's page.
     """
-    found = workflows.read(path)
+    found = comfyui.workflow.read(path)
     if found.format == "unknown":
         why = f"Wanted is a workflow that ComfyUI exported; {found.error}."
         what = f"{path.name} is no workflow that can be read"
@@ -250,52 +251,97 @@ def read_workflow(path: Path) -> dict[str, dict[str, Any]]:
         why = "Wanted is the format that the server takes (nodes with class_type); this is the one that its page saves."
         what = f"{path.name} is not in API format"
         raise KleinctlError(Problem(what, why, EXPORT, name="workflow-not-api", path=str(path), ref="E02"))
-    document = json.loads(_text(path))
-    graph = next(each for each in (document, document.get("prompt"), document.get("output")) if _is_api(each))
-    return {str(key): dict(node) for key, node in graph.items() if isinstance(node, dict) and "class_type" in node}
-
-
-def _text(path: Path) -> str:
-    from kleinctl import pngtext
-
-    if path.read_bytes()[: len(pngtext.SIGNATURE)] == pngtext.SIGNATURE:
-        return pngtext.read_text(path)["prompt"]
-    return path.read_text(encoding="utf-8-sig")
-
-
-def _is_api(graph: Any) -> bool:
-    return isinstance(graph, dict) and any(isinstance(node, dict) and "class_type" in node for node in graph.values())
+    return comfyui.workflow.graph(path)
 
 
 def with_job(
-    api: Api, job: Job, references: Sequence[Reference] = (), path: Path | None = None
+    api: Api,
+    job: Job,
+    references: Sequence[Reference] = (),
+    path: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, dict[str, Any]]:
     """A user's graph with the job's prompt, seed and size in it; reference pictures take the place of its own in turn.
 
-    Steps and guidance stay as the workflow has them.
+    Steps and guidance stay as the workflow has them. `say` hears what stays besides, and what is left out.
 
     Raises:
-        KleinctlError: it has no prompt that leads to a sampler.
+        KleinctlError: it has no prompt that leads to a sampler, or takes fewer reference pictures than the job has.
     """
     graph = {key: {**node, "inputs": dict(_mapping(node.get("inputs")))} for key, node in api.items()}
     prompts = [at for key in graph if STAGES.get(_kind(graph, key)) == "denoise" for at in _prompts(graph, key)]
     if not prompts:
         why = "Wanted is a text that leads to a sampler, by its `positive` or by a guider; none was found."
-        what = f"{path.name if path else 'the workflow'} has no prompt to replace"
         fix = "use a workflow with CLIPTextEncode and a sampler"
-        raise KleinctlError(Problem(what, why, fix, name="workflow-without-prompt", path=str(path) if path else None))
-    for holder, name in prompts:
-        holder[name] = job.prompt
-    for key in graph:
-        for name, value in (
-            *((name, job.seed) for name in SEEDS),
-            *(zip(SIZES, (job.width, job.height), strict=True) if _has_size(_kind(graph, key)) else ()),
-        ):
-            _replace(graph, key, name, value)
+        raise _of_workflow(path, "has no prompt to replace", why, fix, "workflow-without-prompt")
+    seeds = [(key, name) for key in graph for name in SEEDS if _takes(graph[key]["inputs"].get(name), NUMBER)]
+    if not seeds:
+        say("the workflow has no seed to replace: its pictures do not go by --seed")
+    values = [(*at, job.prompt) for at in dict.fromkeys(prompts)] + [(*at, job.seed) for at in seeds]
+    _put(graph, [*values, *_sizes(graph, job, say)], say)
     loaders = [key for key in graph if _kind(graph, key) == "LoadImage"]
+    if len(loaders) < len(references):
+        why = f"It loads {len(loaders)} (LoadImage), and {len(references)} are given with --image."
+        fix = "add a LoadImage for each to the workflow, and export it again"
+        raise _of_workflow(path, "does not take so many reference pictures", why, fix, "usage")
     for key, reference in zip(loaders, references, strict=False):
         graph[key]["inputs"]["image"] = reference.name
     return graph
+
+
+def _of_workflow(path: Path | None, what: str, why: str, fix: str, name: str) -> KleinctlError:
+    what = f"{path.name if path else 'the workflow'} {what}"
+    return KleinctlError(Problem(what, why, fix, name=name, path=str(path) if path else None))
+
+
+def _sizes(graph: Api, job: Job, say: Callable[[str], None]) -> list[tuple[str, str, int]]:
+    """The inputs that say how large the picture becomes, with the job's size; one that follows a picture stays."""
+    sized = [key for key in graph if _has_size(_kind(graph, key))]
+    if not any(_kind(graph, key).startswith("Empty") for key in sized):
+        say("the workflow begins with no empty latent that is known here: the size of its pictures stays as it has it")
+    wanted = [
+        (key, name, value)
+        for key in sized
+        for name, value in zip(SIZES, (job.width, job.height), strict=True)
+        if _takes(graph[key]["inputs"].get(name), NUMBER)
+    ]
+    followed = {key for key, name, _ in wanted if _follows_picture(graph, graph[key]["inputs"][name])}
+    if followed:
+        say("the size comes from a picture that the workflow loads, and stays so")
+    return [each for each in wanted if each[0] not in followed]
+
+
+def _follows_picture(graph: Api, value: Any) -> bool:
+    """Whether a value is made from a picture that is loaded, such as by GetImageSize."""
+    waiting, seen = [_link(value)], set[str]()
+    while waiting:
+        key = waiting.pop()
+        if key is None or key in seen or key not in graph:
+            continue
+        seen.add(key)
+        if _kind(graph, key).startswith("LoadImage"):
+            return True
+        waiting += map(_link, graph[key]["inputs"].values())
+    return False
+
+
+def _put(graph: Api, wanted: Sequence[tuple[str, str, Any]], say: Callable[[str], None]) -> None:
+    """Put each value where the plain one stands that feeds its input; at the input itself where there is no such place.
+
+    Nor is there where one place would get two values: a node of one number that is both width and height.
+    """
+    places = [_holder(graph, key, name, _kinds(value)) for key, name, value in wanted]
+    given: dict[tuple[str, str], set[Any]] = {}
+    for place, (*_, value) in zip(places, wanted, strict=True):
+        if place is not None:
+            given.setdefault(place, set()).add(value)
+    for place, (key, name, value) in zip(places, wanted, strict=True):
+        if place is None and isinstance(value, str):
+            source = _link(graph[key]["inputs"][name]) or ""
+            made = _kind(graph, source) if source in graph else "another node"
+            say(f"the prompt takes the place of all that {made} made for {_kind(graph, key)} (node {key})")
+        at = (key, name) if place is None or len(given[place]) > 1 else place
+        graph[at[0]]["inputs"][at[1]] = value
 
 
 def _kind(graph: Api, key: str) -> str:
@@ -312,36 +358,50 @@ def _link(value: Any) -> str | None:
     return str(value[0]) if linked else None
 
 
-def _holder(graph: Api, key: str, name: str) -> tuple[dict[str, Any], str] | None:
-    """Where the plain value of an input stands: at the node, or in a node of one value that feeds it."""
+def _kinds(value: Any) -> Kinds:
+    return TEXT if isinstance(value, str) else NUMBER
+
+
+def _plain(value: Any, kinds: Kinds) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _takes(value: Any, kinds: Kinds) -> bool:
+    """Whether an input is, or is fed with, such a value."""
+    return _plain(value, kinds) or _link(value) is not None
+
+
+def _holder(graph: Api, key: str, name: str, kinds: Kinds) -> tuple[str, str] | None:
+    """The node and the input where the plain value stands: here, or in a node of one value that feeds this one.
+
+    None where it is made from several.
+    """
     for _ in range(STEPS):
-        inputs = graph[key]["inputs"] if key in graph else {}
-        if name not in inputs:
+        value = graph[key]["inputs"].get(name)
+        source = _link(value)
+        if source is None or source not in graph:
+            return (key, name) if _plain(value, kinds) else None
+        inputs = graph[source]["inputs"]
+        links = [each for each in inputs if _link(inputs[each]) is not None]
+        values = [each for each in inputs if _plain(inputs[each], kinds)]
+        only = values if not links else links if len(inputs) == 1 else []
+        if len(only) != 1:
             return None
-        source = _link(inputs[name])
-        if source is None:
-            return inputs, name
-        key, name = source, "value"
+        key, name = source, only[0]
     return None
 
 
-def _replace(graph: Api, key: str, name: str, value: int) -> None:
-    at = _holder(graph, key, name)
-    if at is not None and isinstance(at[0][at[1]], (int, float)):
-        at[0][at[1]] = value
-
-
-def _prompts(graph: Api, sampler: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where the texts stand that say to a sampler what is to be seen."""
+def _prompts(graph: Api, sampler: str) -> Iterator[tuple[str, str]]:
+    """The inputs with the texts that say to a sampler what is to be seen."""
     waiting, seen = [sampler], set[str]()
     while waiting:
         key = waiting.pop(0)
         if key in seen or key not in graph:
             continue
         seen.add(key)
-        texts = [at for name in PROMPTS if (at := _holder(graph, key, name)) and isinstance(at[0][at[1]], str)]
-        yield from texts
         inputs = graph[key]["inputs"]
+        texts = [(key, name) for name in PROMPTS if _takes(inputs.get(name), TEXT)]
+        yield from texts
         waiting += [source for name in TO_PROMPT if not texts and (source := _link(inputs.get(name)))]
 
 
@@ -356,7 +416,12 @@ def validate(api: Api, offered: Callable[[str], Mapping[str, Any]]) -> dict[str,
     Raises:
         KleinctlError: a node, an input or a value is not as the server offers it.
     """
-    return {key: {**node, "inputs": _inputs(api, key, offered)} for key, node in api.items()}
+    graph = {key: {**node, "inputs": _inputs(api, key, offered)} for key, node in api.items()}
+    if all(offered(_kind(graph, key)).get("output_node") is False for key in graph):
+        why = "Wanted is one that saves or shows what was made; none of its nodes does."
+        fix = "add a SaveImage node to the workflow, and export it again"
+        raise _problem("the workflow has no output node", why, fix, "workflow-without-picture")
+    return graph
 
 
 def _inputs(api: Api, key: str, offered: Callable[[str], Mapping[str, Any]]) -> dict[str, Any]:
@@ -364,8 +429,8 @@ def _inputs(api: Api, key: str, offered: Callable[[str], Mapping[str, Any]]) -> 
     kind, given = str(api[key]["class_type"]), dict(api[key]["inputs"])
     said = offered(kind)
     if not said:
-        since = catalogue()["since"].get(kind)
-        own = since or kind in catalogue()["core"]
+        since = comfyui.catalogue()["since"].get(kind)
+        own = since or kind in comfyui.catalogue()["core"]
         why = f"It came with {since}; this server is older." if since else "Its /object_info has nothing of that name."
         fix = "kleinctl doctor --fix --comfyui DIR" if own else "install the custom nodes that have it, or use none"
         raise _problem(f"ComfyUI has no node {kind}", why, fix, "comfyui-too-old" if since else "node-missing", "E01")

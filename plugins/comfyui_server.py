@@ -16,18 +16,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kleinctl_plugins.comfyui_client import Client, Refused
 
-from kleinctl import Budget, KleinctlError, Problem
-from kleinctl.exits import exit_text, looks_like_no_memory
-from kleinctl.home import home, logs_folder
-from kleinctl.logs import explain
-from kleinctl.units import GIB
-
-if TYPE_CHECKING:
-    from kleinctl.comfyui import Checkout
+from kleinctl import Budget, KleinctlError, Problem, comfyui, exits, logs, logs_folder
 
 WARDEN = Path(__file__).with_name("comfyui_warden.py")
 #: Seconds that a server may take to answer (18 measured; custom nodes take longer), to end, and between two looks; and
@@ -50,18 +43,36 @@ OURS = (
 NOT_INHERITED = ("PYTHONPATH", "PYTHONHOME", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
-def open_server(checkout: Checkout, budget: Budget, paths: Path | None) -> Server:
-    """The server to draw with: the one that runs, or one that is started now and ready when this returns.
+def open_server(checkout: comfyui.Checkout | None, budget: Budget, paths: Path | None) -> Server:
+    """The server to draw with: the budget's own, or one that is started now and ready when this returns.
 
-    `paths` is the `extra_model_paths.yaml` of kleinctl's own files.
+    The budget's own needs no checkout. `paths` is the `extra_model_paths.yaml` of kleinctl's own files.
 
     Raises:
         KleinctlError: it does not start, does not answer, or is too old.
     """
-    if checkout.url:
-        server = Server(checkout.url)
-    else:
-        server = _started(checkout, budget, paths)
+    if budget.server:
+        return _met(Server(budget.server))
+    assert checkout is not None
+    return _met(_started(checkout, budget, paths))
+
+
+def running_server(checkout: comfyui.Checkout) -> Server | None:
+    """The server that the user runs from this checkout, where it answers; None where it does not.
+
+    Raises:
+        KleinctlError: it is too old.
+    """
+    folders = _folders(checkout.url) if checkout.url else {}
+    own = _real((checkout.base or checkout.path) / "custom_nodes")
+    if not checkout.url or own not in map(_real, folders.get("custom_nodes", ())):
+        return None
+    server = Server(checkout.url)
+    server.folders = folders
+    return _met(server)
+
+
+def _met(server: Server) -> Server:
     try:
         server.meet()
     except BaseException:
@@ -70,7 +81,21 @@ def open_server(checkout: Checkout, budget: Budget, paths: Path | None) -> Serve
     return server
 
 
-def _started(checkout: Checkout, budget: Budget, paths: Path | None) -> Server:
+def _real(path: Path | str) -> str:
+    return os.path.normcase(os.path.realpath(path))
+
+
+def _folders(url: str) -> Mapping[str, Sequence[str]]:
+    """The folders that a ComfyUI searches, by kind; none where no ComfyUI answers, or one that does not say."""
+    try:
+        told = Client(url).ask("/internal/folder_paths")
+    except (Refused, KleinctlError):
+        return {}
+    every = told.items() if isinstance(told, dict) else ()
+    return {kind: [each for each in paths if isinstance(each, str)] for kind, paths in every if isinstance(paths, list)}
+
+
+def _started(checkout: comfyui.Checkout, budget: Budget, paths: Path | None) -> Server:
     for attempt in range(PORTS_TRIED):
         started = Started(checkout, budget, paths)
         try:
@@ -89,10 +114,12 @@ def _started(checkout: Checkout, budget: Budget, paths: Path | None) -> Server:
 class Server:
     """A server that runs already, and goes on when we are done. Its warden takes back what is under way."""
 
-    #: Whether it was started for this worker, so that it can be started again; and whether it has ended since.
-    ours = ended = False
+    #: Whether it was started for this worker, so that it can be started again.
+    ours = False
     #: Whether it is a ComfyUI that klein can be drawn with.
     met = False
+    #: The folders that it searches by kind, as far as it was asked.
+    folders: Mapping[str, Sequence[str]] = {}
 
     def __init__(self, url: str) -> None:
         self.url, self.version, self.torch = url, "unknown", "unknown"
@@ -104,18 +131,32 @@ class Server:
         """The process that was started for it; None for one that runs already."""
         return self._warden.pid
 
+    @property
+    def ended(self) -> bool:
+        """Whether it no longer answers."""
+        try:
+            self.client.ask("/queue")
+        except Refused:
+            return False
+        except KleinctlError:
+            return True
+        return False
+
     def meet(self) -> None:
         """Learn its version, and that of its torch.
 
         Raises:
-            KleinctlError: it is older than klein.
+            KleinctlError: it is older than klein, or no ComfyUI.
         """
         try:
             answer = self.client.ask("/system_stats")
         except Refused as error:
             raise forbidden(error, self.url) from None
-        system = answer.get("system") if isinstance(answer, dict) else None
-        system = system if isinstance(system, dict) else {}
+        system = _system(answer)
+        if not system:
+            why = f"{self.url} says nothing of a ComfyUI: {json.dumps(answer)[:200]}"
+            what, fix = "what answers is not ComfyUI", "kleinctl doctor --comfyui DIR"
+            raise KleinctlError(Problem(what, why, fix, name="comfyui-failed"))
         self.version = str(system.get("comfyui_version") or "unknown")
         self.torch = str(system.get("pytorch_version") or "unknown")
         check_version(self.version)
@@ -128,11 +169,15 @@ class Server:
     def alive(self) -> None:
         """Raise where it is known that the server has ended."""
 
-    def close(self) -> None:
-        """Leave it: let it drop what it holds for us, but not while it works for somebody else."""
+    def empty(self) -> None:
+        """Let it drop what it holds, but not while it works for somebody else."""
         with contextlib.suppress(KleinctlError, Refused):
             if self.met and self.client.idle():
                 self.client.free()
+
+    def close(self) -> None:
+        """Leave it, and nothing of ours in it."""
+        self.empty()
         self._warden.close()
 
 
@@ -141,11 +186,12 @@ class Started(Server):
 
     ours = True
 
-    def __init__(self, checkout: Checkout, budget: Budget, paths: Path | None) -> None:
-        port, folder = _free_port(), home() / "comfyui" / "run"
+    def __init__(self, checkout: comfyui.Checkout, budget: Budget, paths: Path | None) -> None:
+        port, folder = _free_port(), comfyui.folder() / "run"
         self.url, self.version, self.torch = f"http://127.0.0.1:{port}", "unknown", "unknown"
         self.client = Client(self.url, self._silent)
         self._place, self._ready = checkout.path, False
+        self._words = arguments(checkout, port, budget, paths)
         for each in (*(folder / name for name in ("output", "temp", "user")), logs_folder()):
             each.mkdir(parents=True, exist_ok=True)
         self.log = _new_log(port)
@@ -153,7 +199,7 @@ class Started(Server):
         self._warden = _Warden(
             {
                 "url": self.url,
-                "command": [str(checkout.python), "-s", "-u", "main.py", *arguments(checkout, port, budget, paths)],
+                "command": [str(checkout.python), "-s", "-u", "main.py", *self._words],
                 "folder": str(checkout.path),
                 "environment": environment(os.environ),
                 "log": str(self.log),
@@ -172,21 +218,25 @@ class Started(Server):
         while time.monotonic() < end:
             self.alive()
             try:
-                self.client.ask("/system_stats")
+                answer = self.client.ask("/system_stats")
             except Refused as error:
-                raise forbidden(error, self.url) from None
+                if error.status == 403:  # it compares Host and Origin
+                    raise forbidden(error, self.url) from None
+                raise KleinctlError(self._taken(f"answers HTTP {error.status}")) from None
             except KleinctlError as error:
                 if error.problem.name != "comfyui-silent":
                     raise
                 time.sleep(LOOK_SECONDS)
             else:
+                if not _started_with(answer, self._words):
+                    raise KleinctlError(self._taken("is another server, started with other arguments"))
                 self._ready = True
                 return
         why = f"It was started from {self._place}, and has not answered within {READY_SECONDS / 60:.0f} minutes."
         raise KleinctlError(self._start_failed("ComfyUI does not become ready", why))
 
     @property
-    def ended(self) -> bool:  # type: ignore[override]
+    def ended(self) -> bool:
         """Whether it has ended since it was started."""
         return self._warden.exit is not None
 
@@ -221,9 +271,9 @@ class Started(Server):
         self._warden.close()
 
     def _death(self, status: int) -> Problem:
-        how = f"It ended with {exit_text(status)}"
+        how = f"It ended with {exits.exit_text(status)}"
         text = tail(self.log)
-        for match in explain(text):
+        for match in logs.explain(text):
             if match.problem.severity == "error":
                 return replace(
                     match.problem,
@@ -231,9 +281,8 @@ class Started(Server):
                     path=match.problem.path or str(self.log),
                 )
         if re.search(r"^Port \d+ is already in use|already in use on address", _plain(text), re.MULTILINE):
-            why = "Another program took the port between the choice and the start."
-            return Problem("ComfyUI's port was taken", why, "start it again", name="port-in-use", path=str(self.log))
-        if looks_like_no_memory(status):
+            return self._taken("has it")
+        if exits.looks_like_no_memory(status):
             why = f"{how}, most likely because memory (RAM) ran out."
             what = "the system ended ComfyUI"
             return Problem(what, why, "kleinctl plan", name="memory-full", path=str(self.log), ref="D03")
@@ -242,6 +291,11 @@ class Started(Server):
             why = f"{how}.{last_lines(text)}"
             return Problem("ComfyUI has ended", why, fix, name="comfyui-ended", path=str(self.log))
         return self._start_failed("ComfyUI does not start", f"{how}.{last_lines(text)}")
+
+    def _taken(self, how: str) -> Problem:
+        why = f"Another program took it between the choice and the start: what listens at {self.url} {how}."
+        fix = "kleinctl doctor   # then the same command again"
+        return Problem("ComfyUI's port was taken", why, fix, name="port-in-use", path=str(self.log))
 
     def _start_failed(self, what: str, why: str) -> Problem:
         fix = f"kleinctl doctor --log {quoted(self.log)}"
@@ -298,9 +352,9 @@ class _Warden:
             self.exit = self._process.wait()
 
 
-def arguments(checkout: Checkout, port: int, budget: Budget, paths: Path | None) -> list[str]:
+def arguments(checkout: comfyui.Checkout, port: int, budget: Budget, paths: Path | None) -> list[str]:
     """How `main.py` is started: the user's own arguments without those that are ours, and ours."""
-    folder = home() / "comfyui" / "run"
+    folder = comfyui.folder() / "run"
     given = [
         *("--listen", "127.0.0.1", "--port", str(port), "--disable-auto-launch", "--disable-api-nodes"),
         *("--output-directory", str(folder / "output"), "--temp-directory", str(folder / "temp")),
@@ -314,12 +368,12 @@ def arguments(checkout: Checkout, port: int, budget: Budget, paths: Path | None)
     return [*_others(checkout.arguments), *given, *_memory(checkout, budget)]
 
 
-def _memory(checkout: Checkout, budget: Budget) -> list[str]:
+def _memory(checkout: comfyui.Checkout, budget: Budget) -> list[str]:
     """What of the card is left alone: what is free now beyond the budget. Dynamic VRAM keeps to it by itself."""
     if budget.device == "cpu":
         return [] if "--cpu" in checkout.arguments else ["--cpu"]
     gpu = budget.hardware.gpu if budget.hardware else None
-    return [] if gpu is None else ["--reserve-vram", f"{max(0, gpu.vram_free_bytes - budget.vram_bytes) / GIB:.2f}"]
+    return [] if gpu is None else ["--reserve-vram", f"{max(0, gpu.vram_free_bytes - budget.vram_bytes) / 2**30:.2f}"]
 
 
 def _others(given: Sequence[str]) -> list[str]:
@@ -337,6 +391,19 @@ def environment(own: Mapping[str, str]) -> dict[str, str]:
     """Environment variables of the server."""
     kept = {name: value for name, value in own.items() if name not in NOT_INHERITED}
     return {**kept, "PYTHONUTF8": "1", "PYTHONNOUSERSITE": "1"}
+
+
+def _system(answer: Any) -> Mapping[str, Any]:
+    """What `/system_stats` says of a ComfyUI; empty where another program answered."""
+    system = answer.get("system") if isinstance(answer, dict) else None
+    return system if isinstance(system, dict) and "comfyui_version" in system else {}
+
+
+def _started_with(answer: Any, words: Sequence[str]) -> bool:
+    """Whether what answered is a ComfyUI that was started with these arguments, its port among them."""
+    system = _system(answer)
+    told = system.get("argv", words)
+    return bool(system) and isinstance(told, list) and set(words) <= {str(each) for each in told}
 
 
 def check_version(version: str) -> None:

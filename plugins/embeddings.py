@@ -20,8 +20,9 @@ from typing import Any
 
 from kleinctl import InstalledModel
 
-#: Embeddings that a session remembers, and bytes of them that the folder may take (7.9 MB each).
-REMEMBERED, FOLDER_BYTES = 32, 512 * 2**20
+#: Embeddings that a session remembers (those of the jobs it is told of ahead, and of the empty prompt), and bytes of
+#: them that the folder may take (7.9 MB each).
+REMEMBERED, FOLDER_BYTES = 41, 512 * 2**20
 #: After so many seconds nobody writes a partial file any more.
 PARTIAL_SECONDS = 3600
 #: Roles of parts that have no say in what a prompt becomes.

@@ -32,8 +32,12 @@ class Double:
     what the loaders list. `slow` waits so many seconds before each event, `skip` leaves out steps, `shuffle` reorders
     them, `drop` closes the websocket after so many events, `deaf` refuses it. `die` ends the process after so many
     events, with the exit status `code` or else killed, and prints `say` before. `stuck` never ends a job, `ahead` has
-    so many jobs of others in the queue, `gone` forgets the job, `noisy` tells of other things without end. `status`
-    answers a path with an HTTP status, `cut` cuts the picture short.
+    so many jobs of others in the queue, `gone` forgets the job, `noisy` tells of other things without end. `before` is
+    the extra data of somebody's job that runs before ours and never ends, with `steps` it tells its steps to all.
+    `status` answers a path with an HTTP status, `cut` cuts the picture short. `folder` is the checkout that it says it
+    runs from, `folders` what it searches besides, `argv` its arguments; of a process that was started the first
+    `strange` times say others than their own. `made` has the bytes of files that a job makes besides its picture by
+    their names, `outputs` what the history says of them.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -42,6 +46,8 @@ class Double:
         self.headers: list[tuple[str, dict[str, str]]] = []
         self.history: dict[str, Any] = dict(options.get("history", {}))
         self.running: list[Any] = [[0, "other-0", {}, {}, []]] if options.get("ahead") else []
+        if "before" in options:
+            self.running = [[0, "other-0", {}, options["before"], []]]
         self.pending: list[Any] = [[n, f"other-{n}", {}, {}, []] for n in range(1, options.get("ahead", 0))]
         self.pictures: dict[str, bytes] = {}
         self.sockets: list[web.WebSocketResponse] = []
@@ -90,6 +96,7 @@ class Double:
             [
                 web.get("/ws", self.ws),
                 web.get("/system_stats", self.system_stats),
+                web.get("/internal/folder_paths", self.folder_paths),
                 web.get("/object_info/{node}", self.object_info),
                 web.get("/queue", self.queue),
                 web.get("/history", self.all_history),
@@ -119,7 +126,13 @@ class Double:
     async def system_stats(self, request: web.Request) -> web.Response:
         stats = json.loads((RECORDED / "system_stats.json").read_text(encoding="utf-8"))
         stats["system"]["comfyui_version"] = self.options.get("version", "0.29.0")
+        stats["system"]["argv"] = self.options.get("argv", ["main.py"])
         return web.json_response(stats)
+
+    async def folder_paths(self, request: web.Request) -> web.Response:
+        folder = self.options.get("folder")
+        own = {"custom_nodes": [str(Path(folder) / "custom_nodes")]} if folder else {}
+        return web.json_response({**own, **self.options.get("folders", {})})
 
     async def object_info(self, request: web.Request) -> web.Response:
         node = request.match_info["node"]
@@ -205,8 +218,13 @@ class Double:
             return
         if self.options.get("noisy"):
             self.tasks.add(asyncio.get_running_loop().create_task(self._chatter()))
+        done = 0
         while self.running and self.running[0][1] != number:
             await asyncio.sleep(0.1)  # others are before it
+            if self.options.get("steps"):
+                done += 1
+                data = {"node": "1", "prompt_id": "other-0", "value": done, "max": 99}
+                await self._send({"type": "progress", "data": data})
             if self.options.get("ahead"):
                 self.running = self.pending[:1]
                 self.pending = self.pending[1:]
@@ -266,12 +284,12 @@ class Double:
             self.history[number] = {**entry, "prompt": [1, number, graph, {}, []]}
             return
         recorded = json.loads((RECORDED / "run_t2i.json").read_text(encoding="utf-8"))
-        self.pictures[f"{number}.png"] = self._png(graph)
+        self.pictures |= {f"{number}.png": self._png(graph), **self.options.get("made", {})}
         image = {"filename": f"{number}.png", "subfolder": "", "type": "temp"}
         save = next(key for key, node in graph.items() if node["class_type"] in ("SaveImage", "PreviewImage"))
         self.history[number] = {
             "prompt": [self.number, number, graph, {}, [save]],
-            "outputs": {save: {"images": [image]}},
+            "outputs": self.options.get("outputs") or {save: {"images": [image]}},
             "status": recorded["status"],
         }
 
@@ -312,4 +330,6 @@ def main() -> None:
     parser.add_argument("--listen")
     parser.add_argument("--port", type=int)
     known, _ = parser.parse_known_args()
+    if len(Path("starts.txt").read_text().splitlines()) > options.get("strange", 0):
+        options.setdefault("argv", sys.argv)
     web.run_app(Double(**options).app(), host=known.listen, port=known.port, print=lambda *words: None)

@@ -25,7 +25,7 @@ from kleinctl.hardware import imagine
 from kleinctl.planner import compare, default_job, precisions
 from kleinctl.plugins import Plugins
 from kleinctl.problem import KleinctlError, Misuse, Problem
-from kleinctl.units import GIB
+from kleinctl.units import GIB, seconds_text
 from tests.models import tiny_model
 from tests.test_cli import conforms
 from tests.test_generate import ignore, job, request, run
@@ -214,6 +214,34 @@ def test_a_file_that_is_no_picture_under_that_name_is_left_alone(content, tmp_pa
     assert placed(job(7), tmp_path)[0].output.name == "klein-0003-7-2.png"
 
 
+HOLDING = """
+import sys, time
+from pathlib import Path
+from kleinctl.batch import only_one
+with only_one(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_batch_into_the_same_folder_is_told_who_draws_there_until_that_one_is_gone(tmp_path, monkeypatch):
+    other = subprocess.Popen([sys.executable, "-c", HOLDING, tmp_path / "out"], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KleinctlError) as caught, batch.only_one(Path("out")):
+        raise AssertionError("both draw")
+    problem = caught.value.problem
+    assert (
+        problem.name == "batch-running" and f"(pid {other.pid})" in problem.why and problem.fix.startswith("-o out-2")
+    )
+    with batch.only_one(tmp_path / "elsewhere"):
+        other.kill()
+        other.wait()
+    with batch.only_one(tmp_path / "out"):  # what died holds nothing
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 # What is shown
 
 
@@ -228,16 +256,18 @@ def test_the_time_that_is_left_counts_what_is_done_ahead_for_those_that_have_it(
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     pace = Pace(2 * CHUNK)
     problem = Problem("a", "b", "c")
+    count = 2 * CHUNK
     for passed, event in (
-        (50, Step("load", 1, 1, 0, 32)),
-        (16, Step("encode", 16, 16, 0, 32)),
-        (1, Step("denoise", 1, 4, 1, 32)),
-        (1, Failure(0, problem, 1, 32)),
+        (50, Step("load", 1, 1, 0, count)),
+        (16, Step("encode", CHUNK, CHUNK, 0, count)),
+        (0.5, Step("denoise", 1, 4, 1, count)),
+        (0.5, Failure(0, problem, 1, count)),
     ):
         now[0] += passed
         pace.hear(event)
-    assert pace.note == ", about 78 s left"  # 31 pictures at 2 seconds, and the prompts of 16 at one second
-    pace.hear(Failure(31, problem, 32, 32))
+    left = seconds_text(count - 1 + 16)  # pictures at a second each, and the prompts of as many as have been encoded
+    assert pace.note == f", about {left} left"
+    pace.hear(Failure(count - 1, problem, count, count))
     assert pace.note == ""
 
 

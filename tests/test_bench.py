@@ -5,23 +5,24 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kleinctl import against, bench
+from kleinctl import bench, store
 from kleinctl.backends import Fit, Job
 from kleinctl.cli.bench import row
+from kleinctl.environment import Environment
 from kleinctl.hardware import Gpu, imagine
-from kleinctl.planner import default_job
 from kleinctl.plugins import Plugins
-from kleinctl.problem import KleinctlError
+from kleinctl.problem import KleinctlError, Misuse
+from kleinctl.road import Way
 from kleinctl.units import GIB
+from tests.comfyui_double import Double
 from tests.test_cli import conforms
 
 CARD = Gpu("A card", "8.9", 16 * GIB, 15 * GIB)
@@ -168,7 +169,6 @@ def test_a_line_stands_beside_plain_diffusers():
     compared = bench._compared(line, reference)
     assert (compared.share, compared.same) == (pytest.approx(1.2), True)
     assert bench._compared(replace(line, figures=figures(0.6, ("a", "c"))), reference).same is False
-    assert bench._compared(replace(line, who="comfyui"), reference).same is None
     told = row(compared).split()
     assert told[:4] == ["1024x1024", "8.0", "staged-decode", "3.00"]
     assert "0.60 (0.55)  1.20   0.40" in row(compared) and "8.00 (8.00)" in row(compared)
@@ -216,6 +216,16 @@ def test_one_session_draws_every_size(klein):
     assert [line.figures.seconds_first is None for line in lines] == [False, True]
 
 
+def test_what_a_warm_server_lets_go_of_counts_when_it_takes_it_again(monkeypatch):
+    used = [12 * GIB, 12 * GIB, 2 * GIB, 11 * GIB, 0]  # the driver does not always answer
+    monkeypatch.setattr(bench, "used_bytes", lambda gpu: used.pop(0) if len(used) > 1 else used[0])
+    end = time.monotonic() + 5
+    with bench.Watch(CARD) as watch:
+        while len(used) > 1 and time.monotonic() < end:
+            time.sleep(0.01)
+    assert watch.vram_bytes == 9 * GIB
+
+
 def test_a_chart_that_cannot_be_drawn(tmp_path):
     with pytest.raises(KleinctlError) as raised:
         bench.chart(tmp_path / "missing.json", tmp_path / "chart.png", Path(sys.executable))
@@ -240,107 +250,91 @@ def test_a_chart_of_lines_that_failed_and_lines_that_did_not(tmp_path, klein):
 # ComfyUI
 
 FILES = {
-    "UNETLoader": ("unet_name", ["flux1-dev.safetensors", "flux-2-klein-base-4b.safetensors",
-                                 "flux-2-klein-4b-fp8.safetensors", "flux-2-klein-4b.safetensors"]),
-    "CLIPLoader": ("clip_name", ["qwen_3_8b.safetensors", "qwen_3_4b.safetensors"]),
-    "VAELoader": ("vae_name", ["ae.safetensors", "flux2-vae.safetensors"]),
-}  # fmt: skip
+    "UNETLoader": {"unet_name": ["flux-2-klein-4b-fp8.safetensors", "flux-2-klein-4b.safetensors"]},
+    "CLIPLoader": {"clip_name": ["qwen_3_8b.safetensors", "qwen_3_4b.safetensors"]},
+    "VAELoader": {"vae_name": ["ae.safetensors", "flux2-vae.safetensors"]},
+}
 
 
-class Comfy(ThreadingHTTPServer):
-    """Answers as ComfyUI 0.29 does."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, Any] = FILES
-        self.status: dict[str, Any] = {"status_str": "success", "completed": True, "messages": []}
-        self.asked: list[tuple[str, Any]] = []
-        super().__init__(("127.0.0.1", 0), _Handler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server_port}"
+def beside(model: Any, url: str, **changes: Any) -> list[bench.Line]:
+    """The lines of the ComfyUI at `url` alone, drawn by a worker of this Python."""
+    own = Environment(Path(sys.executable), {})
+    machine = replace(imagine("RTX 4090", 32 * GIB), gpus=())
+    found = asked(model, against="comfyui", url=url, backends=(), runs=1, sizes=((128, 96),), detect=lambda: machine)
+    return list(bench.measure(replace(found, environment=lambda *way: own, **changes), lambda *said: None))
 
 
-class _Handler(BaseHTTPRequestHandler):
-    server: Comfy
-
-    def do_GET(self) -> None:
-        self._answer(None)
-
-    def do_POST(self) -> None:
-        self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-    def _answer(self, body: Any) -> None:
-        self.server.asked.append((self.path, body))
-        node = self.path.removeprefix("/object_info/")
-        answers: dict[str, Any] = {
-            "/system_stats": {"system": {"comfyui_version": "0.29.0"}},
-            "/prompt": {"prompt_id": "7", "number": 1, "node_errors": {}},
-            "/history/7": {"7": {"status": self.server.status}},
-        }
-        if node in self.server.files:
-            key, names = self.server.files[node]
-            answers[self.path] = {node: {"input": {"required": {key: [names, {}]}}}}
-        text = json.dumps(answers[self.path]).encode() if self.path in answers else b""
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *arguments: Any) -> None: ...
+def drawn(double: Double) -> list[dict[str, Any]]:
+    """The graphs that were queued, each as the inputs of its nodes by their class."""
+    graphs = [body["prompt"].values() for body in double.asked("/prompt")]
+    return [{node["class_type"]: node["inputs"] for node in graph} for graph in graphs]
 
 
-@pytest.fixture
-def comfy() -> Iterator[Comfy]:
-    server = Comfy()
-    yield server
-    server.shutdown()
+def test_comfyui_draws_the_same_jobs_by_the_way_of_its_backend(klein, empty_home):
+    with Double(files=FILES) as double:
+        [line] = beside(klein, double.url)
+        assert [path for path, _ in double.seen] == ["/free", *["/prompt"] * 4, "/free"], "the first one loads"
+        first, *_, last = drawn(double)
+    assert (line.who, line.problem) == ("comfyui", None)
+    assert len(set(line.figures.pixels)) == 3 and line.figures.stages["decode"] > 0
+    assert line.figures.versions["comfyui"] == "0.29.0"
+    assert first["UNETLoader"]["unet_name"] == "flux-2-klein-4b.safetensors", "in the precision that kleinctl draws in"
+    assert first["CLIPLoader"]["clip_name"] == "qwen_3_4b.safetensors"
+    assert first["Flux2Scheduler"] == {"steps": 4, "width": 128, "height": 96}
+    assert (first["RandomNoise"]["noise_seed"], last["RandomNoise"]["noise_seed"]) == (0, 2)
 
 
-def test_comfyui_draws_the_same_job_with_its_own_files(comfy, klein, tmp_path):
-    job = replace(default_job(klein), prompt="a cat", seed=5)
-    against.forget(comfy.url)
-    with against.comfyui(comfy.url, klein) as opened:
-        opened.draw(job, tmp_path / "unused.png")
-        assert opened.strategy() == "server with flux-2-klein-4b.safetensors"
-    assert ("/free", {"unload_models": True, "free_memory": True}) in comfy.asked
-    [graph] = [body["prompt"] for path, body in comfy.asked if path == "/prompt"]
-    nodes = {node["class_type"]: node["inputs"] for node in graph.values()}
-    assert nodes["CLIPLoader"] == {"clip_name": "qwen_3_4b.safetensors", "type": "flux2", "device": "default"}
-    assert nodes["VAELoader"] == {"vae_name": "flux2-vae.safetensors"}
-    assert nodes["CLIPTextEncode"]["text"] == "a cat" and nodes["RandomNoise"] == {"noise_seed": 5}
-    assert nodes["Flux2Scheduler"] == {"steps": 4, "width": 1024, "height": 1024}
-    assert nodes["CFGGuider"]["cfg"] == 1.0 and "ConditioningZeroOut" in nodes
-    base = Plugins(frozenset()).model("klein-base-4b")
-    assert against.model_files(comfy.url, base)["unet_name"] == "flux-2-klein-base-4b.safetensors"
+def test_comfyui_draws_in_the_precision_that_is_asked_for_and_edits_too(klein, empty_home, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "cat.png")
+    with Double(files=FILES) as double:
+        [line] = beside(klein, double.url, changes={"precision": "fp8", "images": (tmp_path / "cat.png",)})
+        assert line.problem is None
+        assert drawn(double)[0]["UNETLoader"]["unet_name"] == "flux-2-klein-4b-fp8.safetensors"
+        assert "ReferenceLatent" in drawn(double)[0]
 
 
-def test_a_server_without_the_models_files_is_told_what_is_missing(comfy, klein):
-    comfy.files = {**FILES, "CLIPLoader": ("clip_name", ["t5xxl_fp16.safetensors"])}
-    with (
-        pytest.raises(KleinctlError, match="its CLIPLoader lists t5xxl_fp16") as raised,
-        against.comfyui(comfy.url, klein),
-    ):
-        pass
-    assert raised.value.problem.name == "comfyui-lacks-model"
+def test_files_of_kleinctls_own_say_nothing_of_a_server_that_is_named(klein, empty_home):
+    """It may have other files under these names, and may have loaded them before ours came."""
+    for part in klein.parts_for("comfyui", "fp8"):
+        place = store.destination(klein.name, "comfyui", part)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(b"other")
+    with Double(files=FILES) as double:
+        assert beside(klein, double.url)[0].problem is None
 
 
-def test_a_picture_that_comfyui_fails_at(comfy, klein, tmp_path):
-    error = {"node_type": "VAEDecode", "exception_message": "out of memory"}
-    comfy.status = {"status_str": "error", "completed": False, "messages": [["execution_error", error]]}
-    with (
-        pytest.raises(KleinctlError, match="VAEDecode: out of memory") as raised,
-        against.comfyui(comfy.url, klein) as opened,
-    ):
-        opened.draw(default_job(klein), tmp_path / "unused.png")
-    assert raised.value.problem.name == "comfyui-failed"
+def test_a_server_without_the_models_files_is_told_what_is_missing(klein, empty_home):
+    files = {**FILES, "CLIPLoader": {"clip_name": ["t5xxl_fp16.safetensors"]}}
+    with Double(files=files) as double:
+        [line] = beside(klein, double.url)
+    assert line.problem.name == "comfyui-lacks-model"
+    assert "it lists t5xxl_fp16.safetensors" in line.problem.why
 
 
-def test_no_server_there(klein):
-    with pytest.raises(KleinctlError) as raised:
-        against.forget("http://127.0.0.1:9")
-    assert raised.value.problem.name == "comfyui-silent"
+def test_a_picture_that_comfyui_fails_at(klein, empty_home):
+    with Double(files=FILES, error="vae-flux1") as double:
+        [line] = beside(klein, double.url)
+    assert (line.problem.name, line.figures) == ("vae-mismatch", None)
 
 
-@pytest.mark.parametrize("url", ["http://example.com:8188", "file:///etc/passwd", "https://127.0.0.1", "8188"])
-def test_a_server_elsewhere_is_not_asked(url):
-    with pytest.raises(KleinctlError, match="asks a server on this machine alone"):
-        against.check(url, {})
+def test_no_server_there(klein, empty_home):
+    [line] = beside(klein, "http://127.0.0.1:9")
+    assert line.problem.name == "comfyui-silent"
+
+
+def test_a_model_that_does_not_come_for_comfyui(empty_home):
+    [line] = beside(Plugins(frozenset()).model("klein-tiny"), "http://127.0.0.1:9")
+    assert line.problem.name == "no-backend"
+
+
+@pytest.mark.parametrize(
+    "url", ["http://example.com:8188", "file:///etc/passwd", "https://127.0.0.1", "8188", "http://[::1"]
+)
+def test_a_server_elsewhere_is_not_asked(klein, url):
+    from kleinctl.cli.bench import _asked
+
+    way = Way(klein, Plugins(frozenset()).backend("staged-decode"), None)
+    with pytest.raises(Misuse, match="asks a ComfyUI on this machine alone"):
+        _asked(Plugins(frozenset()), way, lambda: None, {}, (), (), (), 1, "comfyui", url)

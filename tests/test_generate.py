@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 from PIL import Image
 
-from kleinctl import manifest
+from kleinctl import generate, manifest
 from kleinctl.backends import Budget, Fit, InstalledModel, Job
 from kleinctl.checks.run import run_problems
 from kleinctl.executors import ProcessExecutor
@@ -218,6 +218,16 @@ def test_two_runs_at_once_that_chose_the_same_name_keep_both_pictures(tmp_path):
     assert files(tmp_path) == ["klein-7-2.png", "klein-7.png"]
 
 
+def test_a_name_that_another_run_takes_before_this_one_begins_is_not_replaced(tmp_path):
+    for name in (None, tmp_path / "klein-7.png", tmp_path / "mine.png"):
+        slow = request(job(), output=name, folder=tmp_path)
+        [output] = slow.outputs
+        output.write_text("the other's")
+        assert run(slow, ignore).images[0].path == output.with_stem(f"{output.stem}-2")
+        assert output.read_text() == "the other's"
+        output.unlink(), output.with_stem(f"{output.stem}-2").unlink()
+
+
 def test_a_file_that_was_named_is_replaced_though_it_is_called_as_pictures_are(tmp_path):
     for prompt in ("a red circle", "a blue square"):
         run(request(job(prompt=prompt), output=tmp_path / "klein-7.png"), ignore)
@@ -269,7 +279,8 @@ def origins(*jobs):
     return {"origins": tuple(f"jobs.jsonl:{number}" for number, _ in enumerate(jobs, 1))}
 
 
-def test_jobs_are_told_ahead_sixteen_at_a_time_those_of_one_size_together(tmp_path, monkeypatch):
+def test_jobs_are_told_ahead_several_at_a_time_those_of_one_size_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "CHUNK", 16)
     monkeypatch.setenv("AHEAD_FILE", str(tmp_path / "told"))
     jobs = [job(seed, width=32 + 16 * (seed % 2), height=32, steps=1) for seed in range(19)]
     events = []
@@ -341,9 +352,10 @@ def test_a_line_of_a_batch_that_kills_its_worker_twice_is_one_error_and_the_rest
 
 def test_a_worker_of_a_batch_that_dies_once_costs_no_picture(tmp_path, monkeypatch):
     monkeypatch.setenv("AHEAD_FILE", str(tmp_path / "died"))
-    jobs = [job(1), job(2)]
+    jobs = [job(1), job(2), job(3)]
     result = run(request(*jobs, output=tmp_path / "out", backend="dies-once", **AHEAD, **origins(*jobs)), ignore)
-    assert len(result.images) == 2 and result.failures == () and (tmp_path / "died").exists()
+    assert len(result.images) == 3 and result.failures == () and (tmp_path / "died").exists()
+    assert len(result.prepared) == 2  # the second worker is told what is left
 
 
 def test_a_batch_of_which_every_line_failed(tmp_path):

@@ -35,7 +35,23 @@ def test_a_bar_shows_what_the_stage_is_made_of_and_where_the_budget_ends(monkeyp
     monkeypatch.setattr(memory, "CONTEXT_BYTES", 3 * GIB // 4)
     stage = Stage("decode", 6 * GIB + memory.CONTEXT_BYTES, 4 * GIB, 0.5)
     line = stage_line(stage, 8 * GIB, 8 * GIB)
-    assert line.startswith("decode   " + "#" * 19 + "+" * 9)
+    assert line.startswith("decode   " + "#" * 18 + "+" * 8)
     assert line[9 + BAR] == "|" and ":" in line and line.endswith("6.8 GiB    0.50 s")
     over = stage_line(stage, 4 * GIB, stage.vram_bytes)
-    assert over.endswith("too much") and len(over) <= 80
+    assert over.endswith("too much") and len(over) <= 78
+    figures, bar = stage_line(stage, 4 * GIB, stage.vram_bytes, narrow=True).splitlines()
+    assert figures == "decode    6.8 GiB    0.50 s  too much" and bar == "  " + over[9 : 9 + BAR + 1].rstrip()
+
+
+@pytest.mark.parametrize("columns", [40, 78, 80, 200])
+def test_every_figure_and_every_bar_is_there_on_a_console_of_any_width(kleinctl, columns):
+    words = ("plan", "--gpu", "RTX 3050", "--ram", "16", "--model", "klein-4b", "-v")
+    answer = kleinctl(*words, COLUMNS=str(columns)).stdout
+    assert "…" not in answer
+    [titles, *_] = [line for line in answer.splitlines() if "VRAM" in line and "first" in line]
+    assert titles.split()[-5:] == ["VRAM", "RAM", "first", "next", "fits"]
+    figures = [line for line in answer.splitlines() if "x2048 " in line or line.startswith(("encode", "decode"))]
+    bars = [line for line in answer.splitlines() if "|" in line]
+    assert len(figures) == 3 + 2 * 2 and len(bars) == 2 * 3 + 2
+    assert all(len(line.rstrip()) <= columns for line in [titles, *figures, *bars])
+    assert all(line.split()[-1] in ("yes", "no") for line in figures[:3])

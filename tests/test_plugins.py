@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import kleinctl as public
 from kleinctl import Problem, hookimpl
+from kleinctl.hardware import imagine
+from kleinctl.planner import compare, default_job
 from kleinctl.plugins import Plugins
+from kleinctl.survey import best
+from kleinctl.units import GIB
+
+REPOSITORY = Path(__file__).parent.parent
+OURS = [*(REPOSITORY / "plugins").glob("*.py"), *(REPOSITORY / "docs/example-plugin").glob("*.py")]
+DESCRIBED = (REPOSITORY / "docs/plugins.md").read_text(encoding="utf-8")
 
 BACKEND = """
 from kleinctl import hookimpl
@@ -186,9 +198,81 @@ def test_a_problem_offered_by_a_plugin_check_reaches_doctor(site, kleinctl):
     assert (crashed["status"], crashed["why"]) == ("skipped", "The check crashed: ValueError: oops")
 
 
-def test_public_names_are_all_there():
-    import kleinctl
+# What strangers may import
 
-    assert all(getattr(kleinctl, name) is not None for name in kleinctl.__all__)
-    assert hookimpl is kleinctl.hookimpl
-    assert Problem is kleinctl.Problem
+
+def test_public_names_are_all_there_and_described():
+    assert all(getattr(public, name) is not None for name in public.__all__)
+    assert hookimpl is public.hookimpl
+    assert Problem is public.Problem
+    assert [name for name in public.__all__ if f"`{name}`" not in DESCRIBED] == []
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda path: path.name)
+def test_a_plugin_of_ours_uses_only_what_strangers_may(path):
+    """When it needs something private, the public interface is missing something."""
+    assert private(path.read_text(encoding="utf-8")) == []
+
+
+def private(source: str) -> list[str]:
+    """What of a plugin's source reaches past the names that docs/plugins.md describes."""
+    nodes = list(ast.walk(ast.parse(source)))
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module == "kleinctl"]
+    names = {each.name for node in imports for each in node.names}
+    modules = {name for name in names & set(public.__all__) if isinstance(getattr(public, name), ModuleType)}
+    found = names - set(public.__all__)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {each.name for each in node.names if re.match(r"kleinctl(\.|$)", each.name)}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} if (node.module or "").startswith("kleinctl.") else set()
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):  # for importlib
+            found |= {node.value} if re.fullmatch(r"kleinctl(\.\w+)+", node.value) else set()
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            name = f"{node.value.id}.{node.attr}"
+            described = f"`{name}" in DESCRIBED or (node.value.id == "memory" and not node.attr.startswith("_"))
+            found |= set() if described else {name}
+    return sorted(found)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("import kleinctl", "import kleinctl.home", "from kleinctl.home import home", "from kleinctl import store"),
+        *("def f():\n    from kleinctl.facts import comfyui", "importlib.import_module('kleinctl.logs')"),
+        "from kleinctl import comfyui\ncomfyui.record.remember(checkout)",
+    ],
+)
+def test_every_way_past_the_public_interface_is_seen(line):
+    assert private(line) != []
+
+
+# What a backend looks for beside hardware and packages
+
+
+def test_a_program_is_looked_for_on_the_machine_in_question_alone(tmp_path):
+    """What is installed here says nothing of the machine of a report, or of one that is imagined."""
+    from kleinctl.comfyui import Checkout, record
+
+    plugins = Plugins(frozenset())
+    klein, machine = plugins.model("klein-4b"), imagine("RTX 4090", 64 * GIB)
+
+    def verdict(here: bool) -> str | None:
+        offers = [plugins.backend("comfyui-fp8")]
+        [candidate] = compare(offers, klein, machine, default_job(klein), [], here=here)
+        return candidate.why_not
+
+    assert "ComfyUI is not installed" in (verdict(here=True) or "")
+    unknown = verdict(here=False) or ""
+    assert unknown.startswith("comfyui-fp8 could not be checked: ")
+    (tmp_path / "main.py").touch()
+    record.remember(Checkout(tmp_path, tmp_path / "main.py", owned=True))
+    assert (verdict(here=True), verdict(here=False)) == (None, unknown)
+
+
+def test_what_could_not_be_checked_is_not_chosen():
+    plugins = Plugins(frozenset())
+    machine = imagine("RTX 4070 Ti SUPER", 32 * GIB)
+    found, choice = best(list(plugins.backends.values()), [plugins.model("klein-4b")], machine, {}, [], here=False)
+    assert choice.candidate.backend != "comfyui-fp8"
+    assert all(each.fit.fits for each in found if each.backend == "comfyui-fp8"), "its figures are told"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from kleinctl import config, manifest, road
+from kleinctl import config, generate, manifest, road
 from kleinctl.cli import output
 from kleinctl.executors import ProcessExecutor, importable
 from kleinctl.explain import files
@@ -95,7 +95,7 @@ REFUSALS = {
     "picture-damaged": lambda tmp: read_text(cut(tmp / "a.png")),
     "picture-unreadable": lambda tmp: read_text(tmp / "nowhere.png"),
     "plugin-not-importable": lambda tmp: importable("builtins"),
-    "prompt-empty": lambda tmp: road.check_prompt("  "),
+    "prompt-empty": lambda tmp: generate.check_prompt("  "),
     "record-damaged": lambda tmp: job_from_record({}),
     "record-missing": lambda tmp: read_record(picture(tmp / "a.png")),
     "reference-damaged": lambda tmp: _decode_reference(cut(tmp / "a.png")),

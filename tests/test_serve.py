@@ -11,10 +11,12 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from kleinctl import serve
+from kleinctl.records import read_record
 from tests.test_cli import conforms
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals")
@@ -26,7 +28,7 @@ from kleinctl import Fit, hookimpl
 kleinctl_api = 1
 
 class Moody:
-    name, aliases, requires, layout = "moody", ("cross",), ("pillow",), "diffusers"
+    name, aliases, requires, layout, precisions = "moody", ("cross",), ("pillow",), "diffusers", ("mellow",)
     def fit(self, model, hardware, job):
         fits = job.width < 1024
         return Fit(0, 2**26, 0, 0.5, 0.1, fits, "moody", None if fits else "It is in no mood for large pictures.")
@@ -223,7 +225,7 @@ def test_a_client_that_goes_leaves_no_half_picture_and_a_server_that_goes_on(ser
     until(working=True, waiting=0)
     time.sleep(0.3)
     running.process.send_signal(how)
-    assert running.ends() == exit_code
+    assert running.ends() == exit_code, running.said
     if how == signal.SIGINT:
         assert running.said.endswith("interrupted\n") and "Traceback" not in running.said
     until(working=False, loaded=False)
@@ -310,7 +312,7 @@ def test_a_server_that_died_is_forgotten_and_its_port_is_not_trusted(server, kle
 def test_a_server_that_does_not_answer_is_done_without(server, kleinctl, empty_home):
     file = empty_home / "kleinctl" / "serve.json"
     whole = file.read_text()
-    file.write_text(whole.replace("kleinctl.serve/1", "kleinctl.serve/0"))
+    file.write_text(whole.replace("kleinctl.serve/2", "kleinctl.serve/0"))
     other = kleinctl("serve", "--status")
     assert other.exit_code == 1 and "It speaks kleinctl.serve/0 with" in other.stderr
     assert f"hint: kill {server.process.pid}" in other.stderr
@@ -332,7 +334,7 @@ def test_what_the_loaded_model_cannot_answer_runs_without_the_server(server, kle
     for options, why in [
         (("--model", "klein-4b"), "It has klein-tiny with moody."),
         (("--backend", "staged-decode"), "It has klein-tiny with moody."),
-        (("--precision", "fp8"), "It holds weights as klein-tiny's manifest says."),
+        (("--precision", "int4"), "It has klein-tiny with moody, which cannot hold weights in 'int4'."),
         (("--ram-limit", "1GiB"), "for more memory than the limit"),
         (("--executor", "other"), "not where --executor other"),
     ]:
@@ -341,6 +343,22 @@ def test_what_the_loaded_model_cannot_answer_runs_without_the_server(server, kle
         assert why in answer.stderr and answer.stderr.count("this runs without the server") == 1
     assert kleinctl("run", "a", "--backend", "cross", "--size", "64").exit_code == 0
     server.says("64x64")  # an alias of the backend it has
+
+
+def test_a_precision_that_the_loaded_backend_can_hold_needs_no_other_worker(server, kleinctl, tmp_path):
+    answer = kleinctl("run", "a", *ANYWAY[:2], "--size", "64", "--seed", "7", "--precision", "mellow", "-o", "a.png")
+    assert answer.exit_code == 0 and "without the server" not in answer.stderr
+    assert read_record(tmp_path / "a.png")["precision"] == "mellow" and server.says("a.png  64x64")
+
+
+def test_up_draws_with_the_model_that_is_loaded_or_says_why_it_loads_another(server, kleinctl, tmp_path):
+    answer = kleinctl("up", "a circle", "--size", "64", "--seed", "7")
+    assert (answer.exit_code, answer.stdout) == (0, f"{tmp_path / 'klein-7.png'}\n"), answer.stderr
+    assert "klein-tiny with moody" in answer.stderr and server.says("klein-7.png  64x64")
+    other = kleinctl("up", "a circle", "--backend", "other")
+    assert other.exit_code == 2 and "this runs without the server: It has klein-tiny with moody." in other.stderr
+    refused = kleinctl("up", "a circle", "--size", "1024")
+    assert refused.exit_code == 1 and "It is in no mood for large pictures." in refused.stderr
 
 
 @pytest.mark.parametrize("how", ["--stop", "signal"])
@@ -383,13 +401,28 @@ def test_a_run_that_finds_a_server_imports_little():
 
 def test_a_private_file_is_private_from_its_first_moment(tmp_path, monkeypatch):
     modes = []
-    opened = os.fdopen
+    write = Path.write_text
     monkeypatch.setattr(
-        os, "fdopen", lambda file, *rest, **more: modes.append(os.fstat(file).st_mode) or opened(file, *rest, **more)
+        Path, "write_text", lambda path, *a, **k: modes.append(path.stat().st_mode) or write(path, *a, **k)
     )
     os.umask(os.umask(0))
     serve.private_file(tmp_path / "secret", "x")
     assert [stat.S_IMODE(mode) for mode in modes] == [0o600]
+    assert (tmp_path / "secret").read_text() == "x" and pictures(tmp_path) == ["secret"]
+
+
+def test_on_windows_a_secret_is_the_users_alone_before_it_is_written(tmp_path, monkeypatch):
+    (tmp_path / "icacls").write_text('#!/bin/sh\nwc -c < "$1" > told\nprintf "%s\\n" "$*" >> told\n')
+    (tmp_path / "icacls").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("USERDOMAIN", "DESK")
+    monkeypatch.setenv("USERNAME", "ann lee")
+    monkeypatch.setattr(serve.sys, "platform", "win32")
+    serve.private_file(tmp_path / "secret", "x")
+    size, told = (tmp_path / "told").read_text().splitlines()
+    assert size.strip() == "0" and told.endswith(".tmp /inheritance:r /grant:r DESK\\ann lee:F")
+    assert (tmp_path / "secret").read_text() == "x"
 
 
 @pytest.mark.slow

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from kleinctl.checks import check
 from kleinctl.checks.files import BELONGS, REFS, called
@@ -71,6 +72,15 @@ def vae_channels(transformer: Transformer, vae: Vae) -> Problem | None:
         ),
         remedy=_fetch(transformer, "vae", vae.path),
     )
+
+
+def misfits(parts: Iterable[Any]) -> list[Problem]:
+    """What does not belong together of weights that would be loaded together, by the `facts` of each `Identity`."""
+    facts, found = list(parts), list[Any]()
+    for transformer in (each for each in facts if isinstance(each, Transformer)):
+        found += [text_encoder_width.function(transformer, each) for each in facts if isinstance(each, TextEncoder)]
+        found += [vae_channels.function(transformer, each) for each in facts if isinstance(each, Vae)]
+    return [each for each in found if each is not None]
 
 
 @check("vae-with-encoder")

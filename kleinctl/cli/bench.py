@@ -131,9 +131,10 @@ def _asked(
     from kleinctl.units import parse_bytes
 
     if against == "comfyui":
-        from kleinctl import against as others
-
-        others.check(url, changes)
+        try:
+            plugins.backend(against).thing.check_server(url)
+        except KleinctlError as error:
+            raise Misuse(error.problem) from None
     wanted = [nearest_size(size)[:2] for size in sizes]
     own = way.model.defaults
     amounts = [parse_bytes(f"{text} GiB" if text.strip()[-1:].isdecimal() else text) for text in free]

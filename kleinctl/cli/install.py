@@ -276,6 +276,7 @@ class Comfy:
         output.show_problems(_what_would_fail(self.folder or found.path, plugins, self.hardware))
         output.remark(f"  nothing in it is changed; that it is used is written to {record.record_file()}")
         output.remark(f"  models stay in kleinctl's own folder, which it is told of by {record.list_file()}")
+        output.remark(f"  while you run it at {found.url}, pictures are made there, if it lists the model's files")
 
     def carry_out(self) -> None:
         """Adopt or install it; `used` and `plan` are then as it is."""

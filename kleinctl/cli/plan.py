@@ -43,19 +43,19 @@ def command(
     from kleinctl.survey import best
 
     plugins = Plugins()
-    machine = elsewhere(gpu, ram) if gpu or ram else options.this_machine()
+    here = not (gpu or ram)
+    machine = options.this_machine() if here else elsewhere(gpu, ram)
     hardware = options.limited(machine, vram_limit, ram_limit)
     models = plugins.models_for(model)
     offers = plugins.backends_for(backend)
     sizes = [nearest_size(size)[:2]] if size else [(side, side) for side in SIDES]
     rows = []
     for width, height in sizes:
-        for each in best(offers, models, hardware, {"width": width, "height": height})[0]:
+        for each in best(offers, models, hardware, {"width": width, "height": height}, here=here)[0]:
             row = {"backend": each.backend, "model": each.model, "width": width, "height": height}
             rows.append({**row, "fit": each.fit.to_json(), "why_not": each.why_not})
-    compared, choice = best(
-        offers, models, hardware, dict(zip(("width", "height"), sizes[0], strict=True)) if size else {}
-    )
+    changes = dict(zip(("width", "height"), sizes[0], strict=True)) if size else {}
+    compared, choice = best(offers, models, hardware, changes, here=here)
     if as_json:
         output.print_json(
             {
@@ -70,9 +70,9 @@ def command(
         drawn = [each for each in compared if verbose or (choice and each == choice.candidate)]
         for each in drawn:
             show_stages(each, hardware, sizes[0] if size else None)
-        output.answer(f"\n{how_known(hardware)}")
+        say(f"\n{how_known(hardware)}")
         for sentence in hardware.remarks:
-            output.answer(sentence)
+            say(sentence)
     return OK if choice else PROBLEMS
 
 
@@ -94,14 +94,20 @@ def show(hardware: Hardware, rows: list[dict[str, Any]], why: str) -> None:
 
     card = hardware.gpu
     has = f"{card.name}, {gib(card.vram_free_bytes)} of VRAM free" if card else "no NVIDIA card"
-    output.answer(f"{has}, {gib(hardware.ram_available_bytes)} of RAM available")
+    say(f"{has}, {gib(hardware.ram_available_bytes)} of RAM available")
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
-        output.answer(f"\n{model}, {bytes_text(own[0]['fit']['disk_bytes'])} on disk; VRAM and RAM in GiB")
-        output.console().print(_table(own))
+        say(f"\n{model}, {bytes_text(own[0]['fit']['disk_bytes'])} on disk; VRAM and RAM in GiB")
+        _show_table(own)
         for reason in dict.fromkeys(row["why_not"] for row in own if row["why_not"]):
-            output.answer(f"no: {reason}")
-    output.answer(f"\n{why}")
+            say(f"no: {reason}")
+    say(f"\n{why}")
+
+
+def say(text: str) -> None:
+    """Lines of the answer; on a terminal that is too narrow for one, its words stay whole."""
+    target = output.console()
+    target.print(text, markup=False, soft_wrap=not target.is_terminal)
 
 
 def how_known(hardware: Hardware) -> str:
@@ -114,7 +120,7 @@ def how_known(hardware: Hardware) -> str:
 
 
 def show_stages(candidate: Candidate, hardware: Hardware, size: tuple[Any, Any] | None) -> None:
-    """The stages of one picture as bars of VRAM, what each is made of, and its seconds; at most 80 columns."""
+    """The stages of one picture as bars of VRAM, what each is made of, and its seconds."""
     from kleinctl.memory import usable_vram
     from kleinctl.units import gib
 
@@ -123,15 +129,22 @@ def show_stages(candidate: Candidate, hardware: Hardware, size: tuple[Any, Any] 
         return
     room = usable_vram(card)
     where = f" at {size[0]}x{size[1]}" if size else ""
-    output.answer(f"\n{candidate.backend}{where}: VRAM in each stage, {gib(room)} can be used")
+    say(f"\n{candidate.backend}{where}: VRAM in each stage, {gib(room)} can be used")
     for stage in fit.stages:
-        output.answer(stage_line(stage, room, max(room, fit.vram_bytes)))
+        say(stage_line(stage, room, max(room, fit.vram_bytes), narrow=narrow()))
     weights, working, context = marks()
-    output.answer(f"{'':9}{weights} weights  {working} activations  {context} CUDA context  | what can be used")
+    legend = f"{weights} weights  {working} activations", f"{context} CUDA context  | what can be used"
+    between, indent = (f"\n{'':2}", 2) if narrow() else ("  ", 9)
+    say(f"{'':{indent}}{between.join(legend)}")
 
 
-#: Columns of a bar that is as long as the budget or the largest stage.
-BAR = 38
+#: Columns of a bar that is as long as the budget or the largest stage; and of a console, what is narrower than wide.
+BAR, WIDE = 35, 78
+
+
+def narrow() -> bool:
+    """Whether figures do not go beside each other on this console: it then has 40 columns, or nearly."""
+    return output.console().width < WIDE
 
 
 def marks() -> tuple[str, str, str]:
@@ -139,8 +152,8 @@ def marks() -> tuple[str, str, str]:
     return ("█", "▒", "░") if output.can_show("█▒░") else ("#", "+", ":")
 
 
-def stage_line(stage: Stage, room: int, longest: int) -> str:
-    """`denoise  ███████▒▒░|      8.6 GiB    0.35 s`; the line across is the budget."""
+def stage_line(stage: Stage, room: int, longest: int, *, narrow: bool = False) -> str:
+    """`denoise  ███████▒▒░|      8.6 GiB    0.35 s`; the line across is the budget. Narrow: the bar on its own line."""
     from kleinctl.memory import CONTEXT_BYTES
     from kleinctl.units import gib
 
@@ -150,25 +163,66 @@ def stage_line(stage: Stage, room: int, longest: int) -> str:
     lengths = [end - start for start, end in zip((0, *ends), ends, strict=False)]
     bar = "".join(mark * length for mark, length in zip(marks(), lengths, strict=True)).ljust(BAR + 1)
     at = round(BAR * room / longest)
-    over = "  too much" if stage.vram_bytes > room else ""
-    return f"{stage.name:8} {bar[:at]}|{bar[at:]} {gib(stage.vram_bytes):>9} {stage.seconds:7.2f} s{over}"
+    bar, over = f"{bar[:at]}|{bar[at:]}", "  too much" if stage.vram_bytes > room else ""
+    figures = f"{gib(stage.vram_bytes):>9} {stage.seconds:7.2f} s{over}"
+    return f"{stage.name:8}{figures}\n  {bar.rstrip()}" if narrow else f"{stage.name:8} {bar} {figures}"
+
+
+def _show_table(rows: list[dict[str, Any]]) -> None:
+    """What each backend would take at each size; where that is too wide, one table for each backend."""
+    if not narrow():
+        output.console().print(_table(rows))
+        return
+    for backend in dict.fromkeys(row["backend"] for row in rows):
+        say(f"\n{backend}")
+        output.console().print(_narrow_table([row for row in rows if row["backend"] == backend]))
+
+
+def _narrow_table(rows: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for title in ("size", *TITLES):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("fits", no_wrap=True)
+    for row in rows:
+        times = (f"{row['fit'][key]:.{1 if row['fit'][key] < 10 else 0}f} s" for key in SECONDS)
+        table.add_row(_size(row), *_memory(row), *times, "no" if row["why_not"] else "yes", style=_style(row))
+    return table
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     from rich import box
     from rich.table import Table
 
-    from kleinctl.units import GIB, seconds_text
+    from kleinctl.units import seconds_text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     table.add_column("backend", no_wrap=True)
-    for title in ("size", "VRAM", "RAM", "first", "next"):
+    for title in ("size", *TITLES):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("fits", no_wrap=True)
     for row in rows:
-        fit = row["fit"]
-        memory = tuple(f"{fit[key] / GIB:.1f}" for key in ("vram_bytes", "ram_bytes"))
-        times = (seconds_text(fit["seconds_first"]), seconds_text(fit["seconds_next"]))
-        size, dim = f"{row['width']}x{row['height']}", "dim" if row["why_not"] else None
-        table.add_row(row["backend"], size, *memory, *times, "no" if dim else "yes", style=dim)
+        times = (seconds_text(row["fit"][key]) for key in SECONDS)
+        fits = "no" if row["why_not"] else "yes"
+        table.add_row(row["backend"], _size(row), *_memory(row), *times, fits, style=_style(row))
     return table
+
+
+#: Columns of figures, and the keys of a fit that they show.
+TITLES = ("VRAM", "RAM", "first", "next")
+MEMORY, SECONDS = ("vram_bytes", "ram_bytes"), ("seconds_first", "seconds_next")
+
+
+def _size(row: dict[str, Any]) -> str:
+    return f"{row['width']}x{row['height']}"
+
+
+def _memory(row: dict[str, Any]) -> list[str]:
+    from kleinctl.units import GIB
+
+    return [f"{row['fit'][key] / GIB:.1f}" for key in MEMORY]
+
+
+def _style(row: dict[str, Any]) -> str | None:
+    return "dim" if row["why_not"] else None

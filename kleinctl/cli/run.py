@@ -183,10 +183,10 @@ def only_written(count: int, workflow: Path | None) -> None:
 
 def write_down(wanted: Wanted, path: Path, *, as_json: bool) -> int:
     """The job of one prompt as a workflow; its path is the answer."""
-    from kleinctl import road
+    from kleinctl import generate
     from kleinctl.workflows import write
 
-    road.check_prompt(wanted.changes["prompt"])
+    generate.check_prompt(wanted.changes["prompt"])
     model = wanted.plugins.models_for(wanted.model)[0]
     seed = int.from_bytes(os.urandom(4), "little")
     write(wanted.plugins, wanted.backend, model, jobs_of(model, {"seed": seed, **wanted.changes}, 1)[0], path)
@@ -202,10 +202,9 @@ def write_down(wanted: Wanted, path: Path, *, as_json: bool) -> int:
 
 def run_jobs(wanted: Wanted, count: int, server: Server | None) -> Result:
     """The pictures of one prompt."""
-    if not wanted.changes["prompt"].strip():
-        from kleinctl import road  # a tenth of a second, which a server saves
+    from kleinctl import generate
 
-        road.check_prompt(wanted.changes["prompt"])
+    generate.check_prompt(wanted.changes["prompt"])
     wanted.changes.setdefault("seed", int.from_bytes(os.urandom(4), "little"))
     place = Served(server) if server is not None else Here(wanted, way_of(wanted))
     jobs = jobs_of(place.model, wanted.changes, count)
@@ -267,10 +266,11 @@ def run_batch(wanted: Wanted, source: str, server: Server | None, *, as_json: bo
         raise nothing_good(batch, faults)
     generate.check_outputs([folder / "picture.png"])
     place.get_ready()
-    tasks = tasks_of(wanted, place, lines, folder)
-    show_skipped(tasks)
-    left = [task for task in tasks if not task.done]
-    result = batch_pictures(place, batch, left, folder) if left else nothing_left(place)
+    with batches.only_one(folder):
+        tasks = tasks_of(wanted, place, lines, folder)
+        show_skipped(tasks)
+        left = [task for task in tasks if not task.done]
+        result = batch_pictures(place, batch, left, folder) if left else nothing_left(place)
     faults += [batches.Fault(left[each.index].line, each.problem) for each in result.failures]
     result = replace(result, problems=(*odd, *result.problems))
     print_batch(result, tasks, sorted(faults, key=lambda fault: fault.line), as_json=as_json)

@@ -261,8 +261,8 @@ def _other(state: State, asked: Asked) -> str:
         return f"Its worker is not where --executor {asked.executor} would have it. {keeps}"
     if asked.model not in (None, model) or asked.backend not in (None, *state.names):
         return f"It has {model} with {backend}. {keeps}"
-    if asked.precision:
-        return f"It holds weights as {model}'s manifest says. {keeps}"
+    if asked.precision and asked.precision not in state.precisions:
+        return f"It has {model} with {backend}, which cannot hold weights in {asked.precision!r}. {keeps}"
     if _over(state.vram_bytes, asked.vram_limit) or _over(state.ram_bytes, asked.ram_limit):
         return f"It has loaded {model} for more memory than the limit. {keeps}"
     return ""
@@ -300,7 +300,8 @@ def make_pictures(
         output.show_problems(told)
     if before.refused is not None and not origins:
         raise KleinctlError(before.refused)
-    request = replace(has, jobs=tuple(jobs), outputs=tuple(outputs), origins=tuple(origins))
+    chosen = outputs if isinstance(outputs, tuple) else tuple(outputs)  # what is `generate.Named` stays so
+    request = replace(has, jobs=tuple(jobs), outputs=chosen, origins=tuple(origins))
     with ExitStack() as shown:
         result = generate.run(request, _show_late(server.state, len(jobs), shown), server)
     for remark in result.remarks:

@@ -41,24 +41,34 @@ def command(
     """One line to a picture: look at the machine, choose, install, verify, and run PROMPT.
 
     The path of the picture is the last line on stdout. Where FLUX.2 [klein] cannot run, it says why, and what
-    ships with kleinctl runs instead.
+    ships with kleinctl runs instead. A model that `kleinctl serve` has loaded is used as `run` uses it.
     """
     from kleinctl import generate, road
     from kleinctl.cli import steps
     from kleinctl.cli.doctor import machine_rows
-    from kleinctl.cli.run import jobs_of, print_result
+    from kleinctl.cli.run import Wanted, jobs_of, print_result, run_jobs
+    from kleinctl.cli.serve import server_for
     from kleinctl.facts import gather
     from kleinctl.plugins import Plugins
     from kleinctl.survey import survey
 
-    road.check_prompt(prompt)
+    generate.check_prompt(prompt)
     width, height, typed = steps.nearest_size(size)
     asked = {"prompt": prompt, "width": width, "height": height, "seed": seed}
     changes = {name: value for name, value in asked.items() if value is not None}
     changes.setdefault("seed", secrets.randbelow(2**32))
+    limits = vram_limit, ram_limit
+    with server_for(model, backend, *limits) as server:
+        if server is not None:
+            output.remark("`kleinctl serve` has a model loaded: nothing has to be chosen or installed")
+            wanted = Wanted(
+                model=model, backend=backend, changes=changes, typed=typed, out=out, executor=None, limits=limits
+            )
+            print_result(run_jobs(wanted, 1, server), as_json=as_json)
+            return OK
     plugins = Plugins()
     hardware = options.this_machine()
-    limit = options.limited(hardware, vram_limit, ram_limit)
+    limit = options.limited(hardware, *limits)
     output.show_rows(machine_rows(hardware), width=7, target=output.err_console())
     found = survey(plugins, gather(plugins, hardware), model=model, backend=backend, changes=changes, plan_for=limit)
     output.show_at_a_glance(found.problems, output.err_console())
@@ -72,7 +82,7 @@ def command(
     steps.ask_to_fetch(plan.fetch_bytes, yes=yes)
     steps.get_files(plan)
     environment = steps.get_environment(way, where, hardware)
-    now = options.limited(options.this_machine(), vram_limit, ram_limit)  # what is free may have changed since
+    now = options.limited(options.this_machine(), *limits)  # what is free may have changed since
     result = steps.make_pictures(way, environment, where, now, jobs, outputs, road.executor(plugins, None), typed)
     print_result(result, as_json=as_json)
     return OK

@@ -110,7 +110,8 @@ def examine(given: Path, python: Path | None = None) -> Adoption:
         raise not_comfyui(given, "the folder's name has characters that cannot be shown, and has to be changed first")
     named = found.argument("--base-directory")
     base = base or (Path(os.path.normpath(_start(found) / named)) if named else None)
-    interpreter = Path(os.path.abspath(python or _python(found, base)))  # noqa: PTH100 (in an environment it is a link)
+    runs = next((each for each in find.running() if each.path == root), None)
+    interpreter = Path(os.path.abspath(python or _python(found, base, runs)))  # noqa: PTH100 (in an environment it is a link)
     environment = _environment(root, interpreter)
     remarks = [*_incomplete(found, environment), *_remarks(found, environment)]
     _check_writable(base or root)
@@ -122,6 +123,7 @@ def examine(given: Path, python: Path | None = None) -> Adoption:
         commit=_commit(root),
         base=base,
         arguments=_arguments(found),
+        url=f"http://127.0.0.1:{runs.port if runs else _port(found)}",
     )
     return Adoption(checkout, tuple(remarks))
 
@@ -159,15 +161,20 @@ def _arguments(found: ComfyUI) -> tuple[str, ...]:
     return tuple(kept)
 
 
+def _port(found: ComfyUI) -> int:
+    """Where it listens by its start script."""
+    named = found.argument("--port") or ""
+    return int(named) if named.isdecimal() and int(named) < 2**16 else find.PORT
+
+
 # Its Python
 
 
-def _python(found: ComfyUI, base: Path | None) -> Path:
+def _python(found: ComfyUI, base: Path | None, running: find.Running | None) -> Path:
     """The interpreter that runs it: its own, that of the server that runs from it, or the Desktop app's."""
     homes = [base / ".venv"] if base else []
     own = next((path for each in homes for part in INTERPRETERS if (path := each / part).exists()), None)
     own = own or (Path(found.python) if found.python else None)
-    running = next((each for each in find.running() if each.path == Path(found.path)), None)
     python = own or (running.python if running else None)
     if python is None:
         raise KleinctlError(

@@ -147,8 +147,8 @@ def _remarks(former: Checkout | None, wanted: Wanted, program: Path | None) -> l
 
 
 def kernel_remarks(hardware: Hardware, cuda: str | None, precision: str | None = None) -> list[str]:
-    """Why fp8 is not as fast here as it can be, with torch for this CUDA version."""
-    gpu = hardware.gpu
+    """Why fp8 or nvfp4 is not as fast here as it can be, with torch for this CUDA version."""
+    gpu, kind = hardware.gpu, precision or "fp8"
     if precision == "bf16":
         return []
     if gpu is None:
@@ -161,7 +161,7 @@ def kernel_remarks(hardware: Hardware, cuda: str | None, precision: str | None =
         return []
     driver = gpu.driver is not None and numbers(gpu.driver) < KERNEL_DRIVER
     why = f"and that driver 580; here is {gpu.driver}" if driver else f"here it is for {cuda}"
-    return [f"the fast fp8 kernels want torch for CUDA 13 {why}. Pictures come out the same, more slowly"]
+    return [f"the fast {kind} kernels want torch for CUDA 13 {why}. Pictures come out the same, more slowly"]
 
 
 def check_precision(precision: str | None, hardware: Hardware) -> None:
@@ -274,18 +274,48 @@ def uninstall(say: Say = lambda text: None) -> Removed:
         record.list_file().unlink(missing_ok=True)
         for left in record.folder().glob(".new-*"):
             checkout.remove(left)
+        _remove_run()
         gone = tuple(packages.names())
         for name in gone:
             environments.remove(name)
-        data = record.data_folder()
-        kept = tuple(sorted(path for path in data.rglob("*") if path.is_file() or path.is_symlink()))
+        own = (record.data_folder(), record.run_folder())  # of the latter what workflows have saved
+        kept = tuple(sorted(path for data in own for path in data.rglob("*") if path.is_file() or path.is_symlink()))
         _remove_empty(record.folder())
         programs = tuple(path for path in before if not path.exists())
         return Removed(programs, gone, (*kept, *(path for path in before if path.exists())), size)
 
 
+def _remove_run() -> None:
+    """Remove what servers that kleinctl started have written, but for what users' own workflows saved: `output`.
+
+    Links are removed, and what they lead to stays.
+    """
+    run = record.run_folder()
+    with store.writing(run):
+        for path in [run] if run.is_symlink() else sorted(run.glob("*")):
+            if path.is_symlink() or not path.is_dir():
+                path.unlink()
+            elif path.name != "output":
+                checkout.remove(path)
+
+
 def _check_idle(programs: Sequence[Path]) -> None:
-    """Raise where one of these runs: it would fail later, in the middle of a picture."""
+    """Raise where one of these runs, or a server that kleinctl started: it would fail in the middle of a picture."""
+    from filelock import FileLock, Timeout
+
+    for lock in record.run_folder().glob("*.lock"):
+        try:
+            FileLock(lock).acquire(timeout=0).lock.release()
+        except Timeout:
+            raise KleinctlError(
+                Problem(
+                    "a ComfyUI that kleinctl started is running",
+                    "Nothing of it can be taken away while a picture is being made.",
+                    "kleinctl serve --stop   # or wait until the picture is there",
+                    name="comfyui-running",
+                    path=str(lock),
+                )
+            ) from None
     for each in find.running():
         if each.path in programs:
             raise KleinctlError(

@@ -27,7 +27,7 @@ class Checkout:
     """A ComfyUI: `path` has its main.py, `python` runs it; `owned` is whether kleinctl installed it.
 
     `version` as its comfyui_version.py says. `base` is its `--base-directory` where that is not `path`, `arguments` are
-    flags of its own start script that matter, `url` is a running server that is to be used ("http://127.0.0.1:8188").
+    flags of its own start script that matter, `url` is where it answers while its user runs it: it is used then.
     """
 
     path: Path
@@ -48,6 +48,11 @@ def folder() -> Path:
 def data_folder() -> Path:
     """The base directory of a ComfyUI that kleinctl installed: pictures, settings, custom nodes, the user's models."""
     return folder() / "data"
+
+
+def run_folder() -> Path:
+    """Where a server that kleinctl starts writes: its settings, temporary files, and what users' workflows save."""
+    return folder() / "run"
 
 
 def list_file() -> Path:
@@ -129,9 +134,14 @@ def paths_file() -> Path:
     return file
 
 
+def places() -> list[Path]:
+    """The folders of the store's models in ComfyUI's layout: in each is one for each of the KINDS that it has."""
+    return sorted(models_folder().glob("*/comfyui"))
+
+
 def _sections() -> Iterator[str]:
     """A section for each model that is here. Paths are whole, because ComfyUI expands `$` and `~` in a `base_path`."""
-    for place in sorted(models_folder().glob("*/comfyui")):
+    for place in places():
         kinds = [kind for kind in KINDS if (place / kind).is_dir()]
         if kinds:
             yield f"kleinctl_{place.parent.name}:"

@@ -95,6 +95,19 @@ def read(path: Path) -> Workflow:
         return Workflow(str(path), "unknown", error=str(error))
 
 
+def graph(path: Path) -> dict[str, dict[str, Any]]:
+    """The graph of a workflow in the server's format, as the file has it: `{node id: {"class_type", "inputs"}}`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        found = _unwrapped(_document(path))
+    except _Unreadable as error:
+        raise ValueError(f"{path.name}: {error}") from None
+    return {str(key): dict(node) for key, node in found.items() if isinstance(node, dict) and "class_type" in node}
+
+
 def edit(path: Path, node: str, name: str, value: str) -> str:
     """The text of the workflow in the JSON file at `path` with one input of a node set, or its type (`class_type`).
 

@@ -25,7 +25,7 @@ from kleinctl.problem import Problem
 if TYPE_CHECKING:
     from kleinctl.hardware.rates import Rates
 
-PROTOCOL = "kleinctl.worker/4"
+PROTOCOL = "kleinctl.worker/5"
 #: Longest line in bytes: prompts and records are far below.
 MAX_LINE_BYTES = 8 * 2**20
 

@@ -53,6 +53,7 @@ def test_a_checkout_is_adopted_and_nothing_in_it_is_changed(theirs):
     used = install.use(adoption)
     assert comfyui.known() == used
     assert (used.owned, used.version, used.path, used.base) == (False, "0.29.0", theirs, None)
+    assert used.url == "http://127.0.0.1:8188"  # where it is looked for before another is started
     assert used.python == theirs / "venv" / PYTHON and used.commit == fake.git(theirs, "rev-parse", "HEAD")
     assert state(theirs) == before
     assert list(adoption.remarks) == [
@@ -148,6 +149,12 @@ def test_a_base_directory_named_in_the_start_script(theirs, tmp_path):
     (tmp_path / "data").mkdir()
     used = adopt.examine(theirs).checkout
     assert used.base == tmp_path / "data" and used.arguments == ("--cuda-malloc",)
+    assert used.url == "http://127.0.0.1:9000"
+
+
+def test_where_it_runs_now_is_where_it_will_be_asked(theirs, monkeypatch):
+    monkeypatch.setattr(find, "running", lambda: [find.Running(theirs, None, 8200)])
+    assert adopt.examine(theirs).checkout.url == "http://127.0.0.1:8200"
 
 
 # Refused

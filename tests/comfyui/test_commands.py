@@ -26,12 +26,13 @@ from tests.comfyui import fake
 from tests.comfyui.test_adopt import PACKAGES, state
 from tests.hub import Hub
 from tests.test_cli import SCHEMAS
-from tests.test_environment import machine
+from tests.test_environment import card, machine
 
 REPO = "someone/klein-small"
 FILES = {
     "diffusion_models/klein-fp8.safetensors": random.Random(1).randbytes(1_200_000),
     "diffusion_models/klein.safetensors": random.Random(2).randbytes(1_300_000),
+    "diffusion_models/klein-nvfp4.safetensors": random.Random(5).randbytes(1_150_000),
     "text_encoders/qwen.safetensors": random.Random(3).randbytes(1_100_000),
     "vae/vae.safetensors": random.Random(4).randbytes(1_050_000),
 }
@@ -77,7 +78,8 @@ class InComfyui:
 def manifest() -> str:
     lines = [HEAD, *(f"{name} = 1" for name in SHAPE)]
     for path, data in FILES.items():
-        precision = {"diffusion_models/klein-fp8.safetensors": "fp8", "diffusion_models/klein.safetensors": "bf16"}
+        names = {"klein-fp8": "fp8", "klein": "bf16", "klein-nvfp4": "nvfp4"}
+        precision = {f"diffusion_models/{name}.safetensors": each for name, each in names.items()}
         lines += [
             "[[part]]",
             f'id = "{Path(path).stem}"',
@@ -141,7 +143,7 @@ def test_one_line_brings_comfyui_its_environment_and_the_fp8_files(house):
     assert comfyui.known() is None and there() == set() and not house.requests
     code, said = install()
     assert code == 0 and "klein-small is installed for comfy-test" in said
-    assert there() == {name for name in FILES if name != "diffusion_models/klein.safetensors"}
+    assert there() == {name for name in FILES if "diffusion_models" not in name or "fp8" in name}
     assert comfyui.known().version == "0.29.0"
     assert [name.split("-")[0] for name in environment.names()] == ["comfyui"]  # the worker runs in it too
     assert str(store.model_folder("klein-small", "comfyui") / "vae") in comfyui.paths_file().read_text()
@@ -160,6 +162,14 @@ def test_another_precision_is_fetched_and_then_stays(house):
     assert "does not come as 'fp4'" in problem.what
     problem, _ = install("--precision", "nvfp4")
     assert problem.name == "nvfp4-without-card"
+
+
+def test_nvfp4_is_fetched_for_a_card_that_computes_in_it(house, monkeypatch):
+    new = machine(card("RTX 5090", "12.0"), disks={})
+    monkeypatch.setattr("kleinctl.cli.options.this_machine", lambda: new)
+    assert install("--precision", "nvfp4")[0] == 0
+    assert "diffusion_models/klein-nvfp4.safetensors" in there()
+    assert "diffusion_models/klein-fp8.safetensors" not in there()
 
 
 def test_files_of_an_adopted_comfyui_are_used_where_they_are_and_not_fetched_again(house, tmp_path):

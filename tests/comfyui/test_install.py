@@ -402,7 +402,12 @@ def test_a_machine_without_the_fast_fp8_kernels_is_told(repository, gpu, precisi
 def test_nvfp4_on_a_card_from_before_it(repository):
     problem = problem_of(lambda: install.check_precision("nvfp4", machine(card("RTX 4090", "8.9"))))
     assert problem.name == "nvfp4-without-card" and "RTX 4090 has 8.9" in problem.why
-    install.check_precision("nvfp4", machine(card("RTX 5090", "12.0")))
+    without = problem_of(lambda: install.check_precision("nvfp4", machine()))
+    assert without.name == "nvfp4-without-card" and "no NVIDIA card here" in without.why
+    new = machine(card("RTX 5090", "12.0"))
+    install.check_precision("nvfp4", new)
+    assert "the fast nvfp4 kernels want torch for CUDA 13" in install.kernel_remarks(new, "12.8", "nvfp4")[0]
+    assert install.kernel_remarks(new, "13.0", "nvfp4") == []
 
 
 # Doctor, and going away
@@ -443,6 +448,31 @@ def test_uninstall_takes_what_kleinctl_brought_and_leaves_what_it_did_not(reposi
     picture.unlink()
     shutil.rmtree(record.data_folder() / "custom_nodes")
     assert install.uninstall().left == () and not record.folder().exists()
+
+
+def test_uninstall_takes_what_servers_wrote_but_not_what_workflows_saved_or_links_lead_to(empty_home, tmp_path):
+    theirs = tmp_path / "theirs" / "a.png"
+    run = record.run_folder()
+    for path in (theirs, run / "temp" / "a.png", run / "user" / "x.json", run / "a.lock", run / "output" / "film.mp4"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    (run / "temp" / "link").symlink_to(theirs.parent)
+    (run / "linked").symlink_to(theirs.parent)
+    assert install.uninstall().left == (run / "output" / "film.mp4",)
+    assert in_home() == ["comfyui/run"] and [path.name for path in run.iterdir()] == ["output"]
+    shutil.rmtree(run)
+    run.symlink_to(theirs.parent)
+    assert install.uninstall().left == () and not record.folder().exists()
+    assert theirs.read_text() == "x"
+
+
+def test_uninstall_waits_for_the_picture_that_a_server_of_ours_is_making(empty_home):
+    from filelock import FileLock
+
+    record.run_folder().mkdir(parents=True)
+    with FileLock(record.run_folder() / "a.lock"):
+        assert problem_of(install.uninstall).name == "comfyui-running"
+    assert install.uninstall().left == ()
 
 
 def test_environments_for_comfyui_are_tried_after_the_plain_ones(repository, no_pip):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from kleinctl_plugins import comfyui_files, comfyui_graph
+from kleinctl_plugins import comfyui_client, comfyui_files, comfyui_fp8, comfyui_graph
 from kleinctl_plugins.comfyui_fp8 import Session
 from kleinctl_plugins.comfyui_graph import Files, Reference
 
@@ -197,6 +197,45 @@ def test_a_users_own_workflow(session, tmp_path):
     (tmp_path / "mine.json").write_text(text, encoding="utf-8")
     picture = draw(session, replace(JOB, workflow=tmp_path / "mine.json"))
     assert difference(picture, draw(session)) == 0, "the template's graph is ours"
+
+
+def test_a_users_workflow_that_puts_its_text_together_shares_a_size_and_saves_a_webp(session, tmp_path):
+    names = Files(*(place(role).name for role in ("transformer", "text-encoder", "vae")))
+    api = comfyui_graph.picture(names, JOB, "distilled").api()
+    inputs = {node["class_type"]: node["inputs"] for node in api.values()}
+    api["90"] = {"class_type": "PrimitiveInt", "inputs": {"value": 64}}
+    for kind in ("Flux2Scheduler", "EmptyFlux2LatentImage"):
+        inputs[kind].update(width=["90", 0], height=["90", 0])
+    api["91"] = {"class_type": "StringConcatenate", "inputs": {"string_a": "a", "string_b": "b", "delimiter": ", "}}
+    inputs["CLIPTextEncode"]["text"] = ["91", 0]
+    shown = next(node for node in api.values() if node["class_type"] == "PreviewImage")
+    shown["class_type"] = "SaveAnimatedWEBP"
+    shown["inputs"] |= {"filename_prefix": "a", "fps": 6.0, "lossless": True, "quality": 80, "method": "default"}
+    (tmp_path / "mine.json").write_text(json.dumps(api), encoding="utf-8")
+    picture = draw(session, replace(JOB, workflow=tmp_path / "mine.json"))
+    said, session.warnings[:] = list(session.warnings), []
+    assert difference(picture, draw(session)) == 0
+    assert [each.partition(" (")[0].partition(";")[0] for each in said] == [
+        "the prompt takes the place of all that StringConcatenate made for CLIPTextEncode",
+        "the PNG has the pixels of a WEBP file",
+    ]
+
+
+def test_somebody_elses_job_is_waited_for(session, monkeypatch):
+    monkeypatch.setattr(comfyui_client, "QUIET_SECONDS", 1.0)
+    monkeypatch.setattr(comfyui_client, "HANG_SECONDS", 2.0)
+    names = Files(*(place(role).name for role in ("transformer", "text-encoder", "vae")))
+    client = session.server.client
+    body = {"prompt": comfyui_graph.picture(names, replace(JOB, steps=4000), "distilled").api(), "client_id": "theirs"}
+    theirs = client.ask("/prompt", body)["prompt_id"]
+    ends = threading.Timer(6, lambda: client.stop(theirs))
+    ends.start()
+    told = []
+    picture = draw(session, told=told)
+    ends.join()
+    stages = list(dict.fromkeys(stage for stage, _, _ in told if stage.startswith("queue")))
+    assert stages == ["queue", comfyui_fp8.HIDDEN]
+    assert picture[0] == (128, 96)
 
 
 @pytest.mark.skipif(not browser.CHROMIUM, reason="needs Chromium on the PATH")

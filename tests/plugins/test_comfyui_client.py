@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 
 import pytest
 from kleinctl_plugins import comfyui_client
@@ -30,7 +31,7 @@ def drawn(double):
     """What the client was told while it drew, and the picture's first bytes."""
     told = []
     client, api = Client(double.url), graph()
-    made = client.run(api, lambda *event: told.append(event))
+    made, *_ = client.run(api, lambda *event: told.append(event))
     kinds = [(api[node]["class_type"], value) if node in api else ("queue", value) for node, value, _ in told]
     return kinds, client.picture(made)[:4]
 
@@ -52,17 +53,23 @@ def test_the_nodes_and_steps_of_a_run_are_told_in_their_order():
     [
         ({"skip": True}, [1, 4]),
         ({"shuffle": True}, None),
-        ({"drop": 6}, []),
         ({"deaf": True}, []),
         ({"run": "run_base"}, [1, 4, 7, 10, 12, 15, 18, 20]),
     ],
-    ids=["steps left out", "steps out of order", "websocket dropped", "no websocket", "skipping by itself"],
+    ids=["steps left out", "steps out of order", "no websocket", "skipping by itself"],
 )
 def test_the_picture_comes_whatever_becomes_of_the_progress(trouble, told):
     with Double(**trouble) as double:
         kinds, png = drawn(double)
     assert png == b"\x89PNG"
     assert steps(kinds) == told if told is not None else sorted(steps(kinds)) == [1, 2, 3, 4]
+
+
+def test_a_websocket_that_drops_is_opened_again():
+    with Double(drop=6, slow=0.1) as double:
+        kinds, png = drawn(double)
+    assert png == b"\x89PNG"
+    assert steps(kinds)[-1] == 4
 
 
 def test_progress_takes_no_way_through_a_proxy(monkeypatch):
@@ -120,30 +127,19 @@ def test_the_picture_that_was_saved_comes_before_previews():
     shown = {"filename": "reference.png", "subfolder": "", "type": "temp"}
     saved = {"filename": "made.png", "subfolder": "a", "type": "output"}
     entry = {"status": {"status_str": "success"}, "outputs": {"3": {"images": [shown]}, "9": {"images": [saved]}}}
-    assert vars(comfyui_client._picture(entry)) == saved
+    assert [vars(each) for each in comfyui_client._files(entry)] == [saved, shown]
 
 
-def test_what_bench_queued_is_taken_back_when_it_is_broken_off(monkeypatch):
-    from kleinctl import against
-    from kleinctl.plugins import Plugins
-
-    def broken_off(url, queued):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(against, "finished", broken_off)
-    files = {"unet_name": ["flux-2-klein-4b.safetensors"], "clip_name": ["qwen_3_4b.safetensors"]}
-    loaders = {"UNETLoader": files, "CLIPLoader": files, "VAELoader": {"vae_name": ["flux2-vae.safetensors"]}}
-    model, job = Plugins().models["klein-4b"], Job("a red cube", 128, 96, 7, 4, 1.0)
-    with Double(stuck=True, files=loaders) as double, against.comfyui(double.url, model) as opened:
-        with pytest.raises(KeyboardInterrupt):
-            opened.draw(job, None)
-        assert double.asked("/interrupt") == [{"prompt_id": "job-101"}]
+def test_files_that_are_no_pictures_come_last():
+    film = {"filename": "a.mp4", "subfolder": "", "type": "output"}
+    outputs = {"3": {"images": [film], "animated": [True]}, "4": {"images": [{**film, "filename": "b.PNG"}]}}
+    odd = {"5": {"text": ["a", "b"], "images": None}, "6": 3}
+    found = comfyui_client._files({"status": {"status_str": "success"}, "outputs": {**outputs, **odd}})
+    assert [each.filename for each in found] == ["b.PNG", "a.mp4"]
 
 
 @pytest.mark.parametrize("said", [b"HTTP/1.0 302 Found\r\nLocation: http://127.0.0.1:1/x\r\n\r\n", b"nonsense\r\n\r\n"])
-def test_bench_follows_no_server_elsewhere_and_no_nonsense(said):
-    from kleinctl import against
-
+def test_no_server_elsewhere_and_no_nonsense_is_followed(said):
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def answer():
@@ -153,25 +149,69 @@ def test_bench_follows_no_server_elsewhere_and_no_nonsense(said):
             asked.close()
 
         threading.Thread(target=answer, daemon=True).start()
-        with pytest.raises(KleinctlError) as failure:
-            against.ask(f"http://127.0.0.1:{listening.getsockname()[1]}", "/system_stats")
-    assert failure.value.problem.name in ("comfyui-failed", "comfyui-silent")
-    assert "127.0.0.1:1/x" not in failure.value.problem.why
+        with pytest.raises((Refused, KleinctlError)) as failure:
+            Client(f"http://127.0.0.1:{listening.getsockname()[1]}").ask("/system_stats")
+    assert "127.0.0.1:1/x" not in str(failure.value)
 
 
-def test_a_url_that_is_none_is_refused_in_words_by_bench():
-    from kleinctl import against
+@pytest.mark.parametrize("running", [3, [[1]], [[1, "z", {}, 3]], [[1, "z", 2, {"client_id": 4}]]], ids=str)
+def test_a_queue_of_another_shape_is_no_queue(running):
+    watch = comfyui_client._Watch("job", lambda *event: None)
+    for _ in range(2):
+        watch.look({"queue_running": running, "queue_pending": [["a", "x"], [1, "y"], [{}, "job"]]}, heard=True)
+    assert (watch.before in (1, 2, 3), watch.gone) == (True, 0)
 
-    for url in ("http://[::1", "http://127.0.0.1:99999"):
-        with pytest.raises(KleinctlError, match="no server on this machine"):
-            against.check(url, {})
+
+def waited(monkeypatch, seconds=1.0, **options):
+    """What is told, and the problem if there is one, while another job is before ours; patience is half a second."""
+    monkeypatch.setattr(comfyui_client, "HANG_SECONDS", 0.5)
+    monkeypatch.setattr(comfyui_client, "QUIET_SECONDS", 0.3)
+    told, end = [], time.monotonic() + seconds
+
+    def tell(*event):
+        told.append(event)
+        if time.monotonic() > end:
+            raise KeyboardInterrupt
+
+    with Double(**options) as double:
+        client = Client(double.url)
+        with pytest.raises((KeyboardInterrupt, KleinctlError)) as failure:
+            client.run(graph(), tell)
+        assert double.asked("/queue") == [{"delete": ["job-101"]}]
+        assert not [each for each in double.running if each[1] != "other-0"], "that of the other runs on"
+    return told, getattr(failure.value, "problem", None)
 
 
-def test_a_queue_of_another_shape_is_no_queue(monkeypatch):
-    monkeypatch.setattr(
-        Client, "ask", lambda *asked: {"queue_running": 3, "queue_pending": [["a", "x"], [1, "y"], [{}, "job"]]}
-    )
-    assert Client("http://127.0.0.1:1")._place("job") in (0, 1, 2)
+def test_somebody_elses_long_job_is_waited_for_though_its_steps_are_not_told_to_us(monkeypatch):
+    told, problem = waited(monkeypatch, before={"client_id": "their page"})
+    assert problem is None
+    assert told[0] == ("", 1, 0) and told[-1] == ("", 1, comfyui_client.UNSEEN)
+
+
+def test_the_steps_of_a_job_before_ours_are_shown_where_comfyui_tells_them(monkeypatch):
+    told, problem = waited(monkeypatch, before={}, steps=True)
+    assert problem is None
+    assert ("", 2, 99) in told
+
+
+def test_a_job_before_ours_that_tells_everybody_its_steps_and_tells_none_hangs(monkeypatch):
+    _, problem = waited(monkeypatch, seconds=10, before={})
+    assert problem.name == "comfyui-hangs"
+    assert "jobs before this one: 1" in problem.why
+
+
+def test_without_a_websocket_a_long_run_is_no_hang(monkeypatch):
+    told, end = [], time.monotonic() + 1
+    monkeypatch.setattr(comfyui_client, "HANG_SECONDS", 0.5)
+
+    def tell(*event):
+        told.append(event)
+        if time.monotonic() > end:
+            raise KeyboardInterrupt
+
+    with Double(stuck=True, deaf=True) as double, pytest.raises(KeyboardInterrupt):
+        Client(double.url).run(graph(), tell)
+    assert told[-1] == ("", 0, 0), "kleinctl goes on saying that it is there"
 
 
 def test_a_job_that_someone_removed_from_the_queue():

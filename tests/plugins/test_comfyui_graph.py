@@ -157,6 +157,79 @@ def test_values_that_come_from_nodes_of_one_value_are_replaced_there():
     assert (replaced["20"]["inputs"]["value"], replaced["21"]["inputs"]["value"]) == (512, "new")
 
 
+def put(api, **changes):
+    """A workflow with a job in it, and what is said of it."""
+    said = []
+    return comfyui_graph.with_job(api, replace(JOB, **changes), say=said.append), said
+
+
+def test_a_node_that_is_both_width_and_height_gives_way_where_they_differ():
+    api = template("t2i_distilled")
+    api["20"] = {"class_type": "PrimitiveInt", "inputs": {"value": 1}}
+    for key, name in ((key, name) for key in ("8", "10") for name in ("width", "height")):
+        api[key]["inputs"][name] = ["20", 0]
+    wide, said = put(api, width=512, height=256)
+    assert [(wide[key]["inputs"]["width"], wide[key]["inputs"]["height"]) for key in ("8", "10")] == [(512, 256)] * 2
+    assert (wide["20"]["inputs"]["value"], said) == (1, [])
+    square, _ = put(api, width=512, height=512)
+    assert (square["20"]["inputs"]["value"], square["10"]["inputs"]["width"]) == (512, ["20", 0])
+
+
+def test_sizes_and_seeds_that_are_computed_are_put_where_they_arrive():
+    api = template("t2i_distilled")
+    api["20"] = {"class_type": "PrimitiveInt", "inputs": {"value": 64}}
+    api["21"] = {"class_type": "SimpleMath+", "inputs": {"value": "a*2", "a": ["20", 0]}}
+    api["22"] = {"class_type": "Seed (rgthree)", "inputs": {"seed": 5}}
+    api["23"] = {"class_type": "Reroute", "inputs": {"": ["22", 0]}}
+    api["10"]["inputs"]["width"] = api["8"]["inputs"]["width"] = ["21", 0]
+    api["9"]["inputs"]["noise_seed"] = ["23", 0]
+    made, said = put(api, width=512, seed=8)
+    assert made["10"]["inputs"]["width"] == made["8"]["inputs"]["width"] == 512
+    assert (made["20"]["inputs"]["value"], made["22"]["inputs"]["seed"]) == (64, 8)
+    assert made["9"]["inputs"]["noise_seed"] == ["23", 0]
+    assert said == []
+
+
+def test_a_text_that_is_put_together_gives_way_to_the_prompt_and_that_is_said():
+    api = template("t2i_distilled")
+    api["20"] = {"class_type": "StringConcatenate", "inputs": {"string_a": "oil,", "string_b": "old", "delimiter": ""}}
+    api["4"]["inputs"]["text"] = ["20", 0]
+    made, said = put(api, prompt="new")
+    assert made["4"]["inputs"]["text"] == "new"
+    assert said == ["the prompt takes the place of all that StringConcatenate made for CLIPTextEncode (node 4)"]
+
+
+def test_a_size_that_follows_a_picture_stays_and_that_is_said():
+    _, said = put(template("edit_distilled"), width=512)
+    assert said == ["the size comes from a picture that the workflow loads, and stays so"]
+
+
+def test_a_workflow_without_size_or_seed_is_run_and_that_is_said():
+    api = template("t2i_distilled")
+    api["10"] = {"class_type": "SomebodysLatents", "inputs": {"ratio": "3:2"}}
+    api["9"]["inputs"] = {"noise_seed": "fixed"}
+    _, said = put(api)
+    assert [each.partition(":")[0] for each in said] == [
+        "the workflow has no seed to replace",
+        "the workflow begins with no empty latent that is known here",
+    ]
+
+
+def test_more_reference_pictures_than_a_workflow_loads_are_refused():
+    with pytest.raises(KleinctlError, match="does not take so many reference pictures") as failure:
+        comfyui_graph.with_job(template("edit_distilled"), JOB, [REFERENCE, REFERENCE])
+    assert failure.value.problem.why == "It loads 1 (LoadImage), and 2 are given with --image."
+
+
+def test_links_in_a_circle_and_to_nowhere_lead_to_no_value():
+    api = template("t2i_distilled")
+    api["20"] = {"class_type": "Reroute", "inputs": {"": ["21", 0]}}
+    api["21"] = {"class_type": "Reroute", "inputs": {"": ["20", 0]}}
+    api["10"]["inputs"].update(width=["20", 0], height=["99", 0])
+    made, _ = put(api, width=512, height=256)
+    assert (made["10"]["inputs"]["width"], made["10"]["inputs"]["height"]) == (512, 256)
+
+
 def test_a_workflow_of_one_sampler_node():
     api = {
         "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "x"}},
@@ -229,6 +302,14 @@ def test_a_server_that_would_not_take_the_graph(changes, name, said):
     problem = failure.value.problem
     assert problem.name == name
     assert said in f"{problem.what} {problem.why}"
+
+
+def test_a_workflow_that_saves_nothing_is_refused_before_it_is_queued():
+    api = comfyui_graph.picture(FILES, JOB, "distilled").api()
+    kept = {key: node for key, node in api.items() if node["class_type"] != "PreviewImage"}
+    with pytest.raises(KleinctlError) as failure:
+        comfyui_graph.validate(kept, offered())
+    assert failure.value.problem.name == "workflow-without-picture"
 
 
 def test_a_file_that_the_server_does_not_list_is_named_with_those_that_it_does():

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from kleinctl_plugins import comfyui_server
-from kleinctl_plugins.comfyui_server import arguments, open_server
+from kleinctl_plugins.comfyui_server import arguments, open_server, running_server
 
 from kleinctl.backends import Budget
 from kleinctl.comfyui import Checkout
@@ -84,6 +84,27 @@ def test_a_port_that_is_taken_each_time(tmp_path):
     assert failed(checkout(tmp_path / "ComfyUI", taken=99)).name == "port-in-use"
 
 
+def test_another_comfyui_on_the_port_is_not_taken_for_ours(tmp_path):
+    folder = checkout(tmp_path / "ComfyUI", strange=1)
+    open_server(known(folder), CPU, None).close()
+    assert len(started(folder)) == 2
+
+
+def test_another_program_on_the_port_is_not_taken_for_comfyui(tmp_path, monkeypatch):
+    monkeypatch.setattr(comfyui_server, "PORTS_TRIED", 1)
+    problem = failed(checkout(tmp_path / "ComfyUI", status={"/system_stats": 404}))
+    assert problem.name == "port-in-use"
+    assert "answers HTTP 404" in problem.why
+
+
+@pytest.mark.parametrize("answer", [{}, [], {"system": 3}, {"system": {"argv": ["--port", "1"]}}], ids=str)
+def test_an_answer_of_another_shape_is_not_comfyuis(monkeypatch, answer):
+    assert not comfyui_server._started_with(answer, ["--port", "1"])
+    monkeypatch.setattr(comfyui_server.Client, "ask", lambda *asked: answer)
+    with pytest.raises(KleinctlError, match="not ComfyUI"):
+        open_server(None, replace(CPU, server="http://127.0.0.1:1"), None)
+
+
 @pytest.mark.parametrize(
     ("options", "name", "said"),
     [
@@ -114,9 +135,10 @@ import sys, time
 from pathlib import Path
 from kleinctl.backends import Budget
 from kleinctl.comfyui import Checkout
-from kleinctl_plugins.comfyui_server import open_server
+from kleinctl_plugins.comfyui_server import open_server, running_server
 folder, url = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None
-server = open_server(Checkout(folder, Path(sys.executable), True, url=url), Budget(0, 0, "cpu"), None)
+checkout = Checkout(folder, Path(sys.executable), True, url=url)
+server = running_server(checkout) or open_server(checkout, Budget(0, 0, "cpu"), None)
 server.watch("job-1")
 print("ready", flush=True)
 time.sleep(60)
@@ -143,7 +165,7 @@ def test_nothing_is_left_when_the_worker_is_killed(tmp_path):
 
 
 def test_a_job_is_taken_back_from_a_server_that_goes_on_when_the_worker_is_killed(tmp_path):
-    with Double() as double:
+    with Double(folder=tmp_path) as double:
         process = worker(tmp_path, double.url)
         process.kill()
         process.wait()
@@ -166,22 +188,34 @@ def test_a_server_does_not_outlive_what_watches_over_it(tmp_path):
 
 
 def test_a_server_that_goes_on_is_freed_and_left(tmp_path):
-    with Double() as double:
-        open_server(known(tmp_path, url=double.url), CPU, None).close()
+    with Double(folder=tmp_path) as double:
+        running_server(known(tmp_path, url=double.url)).close()
         assert double.asked("/free") == [{"unload_models": True, "free_memory": True}]
-        assert open_server(known(tmp_path, url=double.url), CPU, None).client.ask("/queue")
+        server = running_server(known(tmp_path, url=double.url))
+        assert (server.ours, server.ended) == (False, False)
+    assert server.ended
+    server.close()
+
+
+@pytest.mark.parametrize("options", [{}, {"folder": "/x"}, {"status": {"/internal/folder_paths": 404}}], ids=str)
+def test_a_server_of_another_checkout_is_not_used(tmp_path, options):
+    with Double(**options) as double:
+        assert running_server(known(tmp_path, url=double.url)) is None
+        assert [path for path, _ in double.headers] == ["/internal/folder_paths"]
+    assert running_server(known(tmp_path, url=double.url)) is None, "nothing answers there any more"
+    assert running_server(known(tmp_path)) is None
 
 
 def test_a_server_that_works_for_somebody_else_keeps_its_models(tmp_path):
-    with Double(ahead=2) as double:
-        open_server(known(tmp_path, url=double.url), CPU, None).close()
+    with Double(ahead=2, folder=tmp_path) as double:
+        running_server(known(tmp_path, url=double.url)).close()
         assert not double.asked("/free")
 
 
 def test_a_server_that_klein_cannot_be_drawn_with_is_left_as_it_is(tmp_path):
-    with Double(version="0.9.1") as double:
+    with Double(version="0.9.1", folder=tmp_path) as double:
         with pytest.raises(KleinctlError, match="too old"):
-            open_server(known(tmp_path, url=double.url), CPU, None)
+            running_server(known(tmp_path, url=double.url))
         assert not double.asked("/free")
 
 

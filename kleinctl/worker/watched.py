@@ -1,4 +1,4 @@
-"""What a server, which is a process of its own, takes of the card and of memory."""
+"""The card while another process computes on it, such as a server that a backend drives."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import threading
 from pathlib import Path
 
-from kleinctl import Budget
+from kleinctl.backends import Budget
 from kleinctl.worker.device import Device, nvml_busy_percent, nvml_used_bytes, peak_rss_bytes
 from kleinctl.worker.protocol import StageUse
 
@@ -14,17 +14,17 @@ from kleinctl.worker.protocol import StageUse
 LOOK_SECONDS = 0.05
 
 
-class Beside(Device):
-    """The card while another process computes on it: what every process together has taken since this began.
+class WatchedDevice(Device):
+    """A card that is looked at and not used: what every process together has taken of it since this began.
 
-    Nothing is set on the card and torch is not imported. `server` is the process id of the one that computes.
+    Nothing is set on the card and torch is not imported. `process` is the id of the one that computes, if it is known.
     """
 
     def __init__(self, budget: Budget) -> None:
         super().__init__(budget)
         gpu = budget.hardware.gpu if budget.hardware and budget.device != "cpu" else None
         self.name, self.total_bytes = (gpu.name, gpu.vram_bytes) if gpu else ("cpu", 0)
-        self.server: int | None = None
+        self.process: int | None = None
         self._uuid = (gpu.uuid or "").removeprefix("GPU-") if gpu else ""
         self._before = nvml_used_bytes(self._uuid) if self._uuid else None
         self._peak = self._most = 0
@@ -48,9 +48,9 @@ class Beside(Device):
         return (self._most, "NVML, all processes together") if self._before is not None else (0, "none")
 
     def peak_rss(self) -> int:
-        """Most bytes of RAM that the server has held, with mapped files; this process's where that is not told."""
+        """Most bytes of RAM that `process` has held, with mapped files; this process's where that is not told."""
         with contextlib.suppress(OSError, StopIteration, ValueError):
-            lines = Path(f"/proc/{self.server}/status").read_text(encoding="ascii", errors="replace").splitlines()
+            lines = Path(f"/proc/{self.process}/status").read_text(encoding="ascii", errors="replace").splitlines()
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
         return peak_rss_bytes()
 
