@@ -23,8 +23,11 @@ from kleinctl import Hardware, Job, Model, Stage, memory
 STEP, NEARLY = 0.95, 1.03
 #: Work of a decode in tiles of 512 pixels that overlap by 128, of that of a whole one: (512 / 384)².
 TILED = 1.78
-#: Slots of the ring through which blocks stream.
-SLOTS = 2
+#: Slots of the ring through which blocks stream: one is filled while another computes; with a single one they wait.
+SLOTS = (2, 1)
+#: On a card, bytes that are lost at the edges of what is free: torch maps memory in pieces of 20 MiB, and those that
+#: something still lies in stay (0.16 GiB where 0.23 in one piece were wanted, klein-4b at 1536x1536).
+EDGE_BYTES = 96 * 2**20
 #: Pinned host memory of the readers, in bytes: four of them, two slots of 32 MiB each.
 READER_BYTES = 4 * 2 * 32 * 2**20
 #: Of copies from memory that is not pinned: their rate, of that from pinned memory (12.9-18.4 of 22.5-23.9 GB/s on an
@@ -38,7 +41,10 @@ WAYS, CPU_WAYS = ("resident", "streamed", "staged"), ("resident", "staged")
 
 @dataclass(frozen=True)
 class Held:
-    """One component: units on the device while it computes, those kept there while others do, and those on the host."""
+    """One component: units on the device while it computes, those kept there while others do, and those on the host.
+
+    What is resident stands in the order of `_staying`.
+    """
 
     way: str
     resident: tuple[str, ...]
@@ -50,9 +56,9 @@ class Held:
 class Holding:
     """A plan: its stages with their peaks and seconds, and `host_bytes` of host memory that weights wait in.
 
-    With `tiles` the picture is decoded in tiles, and differs a little from a whole decode. `moved_bytes` of weights go
-    to the device for each picture, those of the text encoder that stream through left out: a prompt that comes again
-    does not need them.
+    With `tiles` the picture is decoded in tiles, and differs a little from a whole decode. What streams goes through
+    `slots`. `moved_bytes` of weights go to the device for each picture, those of the text encoder that stream through
+    left out: a prompt that comes again does not need them.
     """
 
     encoder: Held
@@ -61,6 +67,7 @@ class Holding:
     host_bytes: int
     tiles: bool = False
     moved_bytes: int = 0
+    slots: int = SLOTS[0]
 
     @property
     def vram_bytes(self) -> int:
@@ -106,7 +113,7 @@ class Task:
         on_card = hardware.gpu is not None and "cuda" in model.devices
         rates = memory.rates_of(model, hardware)
         copy = memory.copy_rate(hardware.gpu if on_card else None, rates)
-        context = memory.CONTEXT_BYTES if on_card else 0
+        context = memory.CONTEXT_BYTES + EDGE_BYTES if on_card else 0
         return cls(
             model,
             job,
@@ -156,10 +163,10 @@ def transformer_units(model: Model, precision: str = "") -> dict[str, int]:
 def fastest(task: Task, room: int, host: int, ways: Iterable[str] = WAYS) -> Holding | None:
     """The fastest way to hold the weights in `room` bytes on the device and `host` pinned; None if there is none.
 
-    The picture is decoded in tiles only where nothing else fits.
+    Blocks stream through a single slot, and the picture is decoded in tiles, only where nothing else fits.
     """
-    for tiles in (False, True):
-        plans = _plans(task, room, tuple(ways), tiles)
+    for tiles, slots in itertools.product((False, True), SLOTS):
+        plans = _plans(task, room, tuple(ways), tiles, slots)
         fitting = [each for each in plans if each.vram_bytes <= room and each.host_bytes <= host]
         if fitting:
             enough = min(each.seconds for each in fitting) * NEARLY
@@ -169,7 +176,7 @@ def fastest(task: Task, room: int, host: int, ways: Iterable[str] = WAYS) -> Hol
 
 def smallest(task: Task, host: int, ways: Iterable[str] = WAYS) -> Holding:
     """The way that takes the least of the device; of the host at most `host` bytes where that is possible."""
-    found = list(_plans(task, 0, tuple(ways), tiles=True))
+    found = list(_plans(task, 0, tuple(ways), tiles=True, slots=min(SLOTS)))
     within = [each for each in found if each.host_bytes <= host]
     return min(within or found, key=lambda each: (each.vram_bytes, each.host_bytes))
 
@@ -196,15 +203,15 @@ def _moving(plan: Holding) -> tuple[int, float, int, bool]:
     return plan.moved_bytes, round(plan.seconds, 2), plan.host_bytes, plan.encoder.way != "resident"
 
 
-def _plans(task: Task, room: int, ways: tuple[str, ...], tiles: bool) -> Iterator[Holding]:
+def _plans(task: Task, room: int, ways: tuple[str, ...], tiles: bool, slots: int) -> Iterator[Holding]:
     """One plan for each combination of ways, with as much on the device as `room` takes."""
     if tiles and memory.tiled_decode_bytes(task.model, task.job) >= memory.decode_bytes(task.model, task.job):
         tiles = False  # a picture that is hardly larger than a tile
     for encoder_way, transformer_way in itertools.product(ways, ways):
-        yield _plan(task, room - task.base_bytes, encoder_way, transformer_way, tiles)
+        yield _plan(task, room - task.base_bytes, encoder_way, transformer_way, tiles, slots)
 
 
-def _plan(task: Task, room: int, encoder_way: str, transformer_way: str, tiles: bool) -> Holding:
+def _plan(task: Task, room: int, encoder_way: str, transformer_way: str, tiles: bool, slots: int) -> Holding:
     model, job = task.model, task.job
     encoder, transformer = encoder_units(model, job.precision), transformer_units(model, job.precision)
     blocks = {name: size for name, size in transformer.items() if name}
@@ -212,26 +219,25 @@ def _plan(task: Task, room: int, encoder_way: str, transformer_way: str, tiles: 
     decoding = (memory.tiled_decode_bytes if tiles else memory.decode_bytes)(model, job)
     decoding = max(decoding, memory.reference_bytes(model, job))  # with the same weights on the card
     encoder_all, rest = sum(encoder.values()), transformer[""]
+    staying = _staying(encoder)
     beside = encoder_all if encoder_way == "resident" else 0  # of the encoder, while the transformer computes
-    coming = SLOTS * max(encoder.values()) if encoder_way == "streamed" else encoder_all
-    ring = SLOTS * max(blocks.values()) if transformer_way == "streamed" else 0
+    coming = slots * max(encoder.values()) if encoder_way == "streamed" else encoder_all
+    ring = slots * max(blocks.values()) if transformer_way == "streamed" else 0
     if job.precision:  # what a block is expanded into
         coming += max(encoder_units(model).values())
         ring += max(size for name, size in transformer_units(model).items() if name)
 
-    resident = list(transformer)
-    if transformer_way == "streamed":
-        resident = ["", *_spread(blocks, room - denoising - rest - ring - beside)]
+    left = room - denoising - rest - ring - beside if transformer_way == "streamed" else sum(blocks.values())
+    resident = ["", *_fill(blocks, _staying(blocks), left)]
     elsewhere = min(room - encoding - coming, room - decoding)  # for the transformer, in other stages
-    kept = [] if transformer_way == "staged" or rest > elsewhere else _kept(transformer, resident, elsewhere)
+    kept = [] if transformer_way == "staged" or rest > elsewhere else _fill(transformer, resident, elsewhere)
     held, computing = _size(transformer, kept), _size(transformer, resident) + ring
     encoder_kept: list[str] = []
     if encoder_way == "resident":
-        encoder_kept = _fill(encoder, room - decoding - held)
+        encoder_kept = _fill(encoder, staying, room - decoding - held)
     elif encoder_way == "streamed":  # what never is in the way stays
-        encoder_kept = _fill(
-            encoder, min(room - decoding - held, room - denoising - computing, room - encoding - coming - held)
-        )
+        left = min(room - decoding - held, room - denoising - computing, room - encoding - coming - held)
+        encoder_kept = _fill(encoder, staying, left)
         coming, beside = coming + _size(encoder, encoder_kept), _size(encoder, encoder_kept)
     encoder_host = [name for name in encoder if name not in encoder_kept] if encoder_way != "staged" else []
     transformer_host = [name for name in transformer if name not in kept] if transformer_way != "staged" else []
@@ -239,13 +245,14 @@ def _plan(task: Task, room: int, encoder_way: str, transformer_way: str, tiles: 
     host = _size(encoder, encoder_host) + _size(transformer, transformer_host)
     rate = task.rate(host)
     missing = encoder_all - _size(encoder, encoder_kept)
-    encode = _beside(task.encode_seconds, missing / rate if encoder_way == "streamed" else 0) + task.between_seconds
+    copying = missing / rate if encoder_way == "streamed" else 0
+    encode = _beside(task.encode_seconds, copying, slots) + task.between_seconds
     encode += encoder_all / task.read_rate if encoder_way == "staged" else 0
     encode += missing / rate if encoder_way == "resident" else 0
     streamed = sum(blocks.values()) - _size(blocks, [name for name in resident if name])
     evicted = _size(transformer, resident) - held
     forwards = memory.forwards(model, job)
-    denoise = forwards * _beside(task.forward_seconds, streamed / rate)
+    denoise = forwards * _beside(task.forward_seconds, streamed / rate, slots)
     denoise += evicted / (task.read_rate if transformer_way == "staged" else rate)
     moved = forwards * streamed + evicted + (missing if encoder_way == "resident" else 0)
     decode = task.decode_seconds * (TILED if tiles else 1)
@@ -256,7 +263,7 @@ def _plan(task: Task, room: int, encoder_way: str, transformer_way: str, tiles: 
     return Holding(
         Held(
             encoder_way,
-            tuple(encoder_kept) if encoder_way == "streamed" else tuple(encoder),
+            tuple(encoder_kept) if encoder_way == "streamed" else tuple(staying),
             tuple(encoder_kept),
             tuple(encoder_host),
         ),
@@ -269,35 +276,41 @@ def _plan(task: Task, room: int, encoder_way: str, transformer_way: str, tiles: 
         host + READER_BYTES,
         tiles,
         moved,
+        slots,
     )
 
 
-def _beside(computing: float, copying: float) -> float:
+def _beside(computing: float, copying: float, slots: int) -> float:
     """Seconds of work that copies go on beside: the longer of both, and more where they take about as long.
 
-    Measured on an H100: a forward of 0.089 s with 0.057 s of copies takes 0.096 s, with 0.129 s of them 0.137.
+    Measured on an H100: a forward of 0.089 s with 0.057 s of copies takes 0.096 s, with 0.129 s of them 0.137. With a
+    single slot neither goes on beside the other.
     """
+    if slots == 1:
+        return computing + copying
     return float((computing**3 + copying**3) ** (1 / 3))
 
 
-def _kept(units: Mapping[str, int], resident: Iterable[str], room: int) -> list[str]:
-    """Of what is resident, the unit "" and as many blocks as `room` takes."""
-    own = {name: units[name] for name in resident if name}
-    return ["", *_fill(own, room - units[""])]
+def _staying(units: Iterable[str]) -> list[str]:
+    """Units in the order in which they are the last to go.
 
-
-def _fill(units: Mapping[str, int], room: int) -> list[str]:
-    return list(units) if _size(units, units) <= room else _spread(units, room)
-
-
-def _spread(units: Mapping[str, int], room: int) -> list[str]:
-    """Fewer than all units: as many as `room` bytes take, evenly over their order, so that copies hide behind work."""
+    The first so many of them, however many, lie evenly among all, so that copies of the others hide behind work (van
+    der Corput's sequence: numbers by their bits read backwards). And what goes for another plan was the last to come,
+    and lies together: torch gives back to the card what is free in one piece.
+    """
     names = list(units)
-    for count in range(len(names) - 1, 0, -1):
-        taken = [names[int((n + 0.5) * len(names) / count)] for n in range(count)]
-        if _size(units, taken) <= room:
-            return taken
-    return []
+    width = max(1, (len(names) - 1).bit_length())
+    return sorted(names, key=lambda name: int(f"{names.index(name):0{width}b}"[::-1], 2))
+
+
+def _fill(units: Mapping[str, int], order: Iterable[str], room: int) -> list[str]:
+    """As many units as `room` bytes take, in this order."""
+    taken = []
+    for name in order:
+        if units[name] <= room:
+            taken.append(name)
+            room -= units[name]
+    return taken
 
 
 def _size(units: Mapping[str, int], names: Iterable[str]) -> int:

@@ -340,7 +340,7 @@ class Session:
         self._hold(plan, self.encoder, plan.encoder.resident)
         progress("encode", 0, 1)
         limit = self.model.manifest.defaults.max_prompt_tokens
-        with self.encoder.streaming(holding.SLOTS):
+        with self.encoder.streaming(plan.slots):
             for prompt in prompts:
                 made = self.pipe.encode_prompt(prompt=prompt, device=self.budget.device, max_sequence_length=limit)[0]
                 self._embeddings.put(prompt, made.cpu(), precision)
@@ -362,7 +362,7 @@ class Session:
                 first.remove()
                 self._release()
                 self._hold(plan, self.transformer, plan.transformer.resident)
-                stack.enter_context(self.transformer.streaming(holding.SLOTS))
+                stack.enter_context(self.transformer.streaming(plan.slots))
                 progress("denoise", 0, job.steps)
 
             def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -108,18 +108,19 @@ class Component:
         return sum(unit.bytes for unit in self.units.values() if unit.host is not None or unit.coming is not None)
 
     def hold(self, resident: Iterable[str], host: Iterable[str], reader: Reader) -> None:
-        """Bring units onto the device and into host memory, and drop the others from the device.
+        """Bring units onto the device, in this order, and into host memory, and drop the others from the device.
 
         Those that are neither resident nor in host memory cannot be used until the next call. Where it fails, nothing
         is left that is half read.
         """
+        resident = list(resident)
         wanted, kept = set(resident), set(host)
         self.drop(name for name in self.units if name not in wanted)
         for unit in self.units.values():
             if unit.name in kept or unit.name in wanted:
                 unit.arrive()
         missing = [self.units[name] for name in self.units if name in kept and self.units[name].host is None]
-        coming = [self.units[name] for name in self.units if name in wanted and self.units[name].device is None]
+        coming = [self.units[name] for name in resident if self.units[name].device is None]
         try:
             self._bring(missing, coming, reader)
         except BaseException:

@@ -540,7 +540,7 @@ def test_jobs_of_changing_plans_hold_no_more_than_each_plan_says(monkeypatch):
         for each in (*seen.values(), most):
             each.clear()
         job = replace(CIRCLE, prompt=prompt, width=64, height=64, steps=1, precision=precision)
-        plan = holding._plan(session._task(job), room, *ways, tiles=False)
+        plan = holding._plan(session._task(job), room, *ways, tiles=False, slots=2)
         monkeypatch.setattr(holding, "best", lambda *given, plan=plan: plan)
         draw(session, job)
         stages = {stage.name: stage.weights_bytes - TINY.manifest.shape.vae_bytes for stage in plan.stages}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -88,3 +90,28 @@ def test_without_a_card_the_context_is_not_counted():
     model = MODELS["klein-tiny"]
     job = default_job(model)
     assert Task.of(model, Hardware(), job).base_bytes == model.shape.vae_bytes
+
+
+@given(SIDES, st.integers(4 * GIB, 20 * GIB), st.integers(0, GIB))
+def test_for_a_larger_picture_the_last_to_come_go_first(side, room, less):
+    """So that what they leave lies together: torch gives back no less than whole pieces."""
+    one, other = (holding.best(task(side=side), each, 40 * GIB).encoder.kept for each in (room, room - less))
+    both = min(len(one), len(other))
+    assert one[:both] == other[:both]
+
+
+def test_blocks_that_stream_lie_evenly_among_those_that_stay():
+    names = [f"layers.{number}" for number in range(27)]
+    for count in range(2, 26):
+        stays = sorted(int(name[7:]) for name in holding._staying(names)[:count])
+        gaps = [later - earlier for earlier, later in itertools.pairwise([*stays, 27 + stays[0]])]
+        assert max(gaps) <= 2 * 27 / count + 2
+
+
+def test_a_picture_that_fits_only_when_blocks_wait_for_each_other():
+    large = task(side=1536, card="RTX 3050")
+    room = int(3.6 * GIB)
+    plan = holding.fastest(large, room, 40 * GIB)
+    assert plan is not None and plan.slots == 1
+    assert holding.fastest(large, room + GIB, 40 * GIB).slots == 2
+    assert holding.fastest(task(), room, 40 * GIB).slots == 2
