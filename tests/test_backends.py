@@ -18,6 +18,7 @@ from kleinctl.backends import Backend
 from kleinctl.hardware import imagine
 from kleinctl.plugins import Plugins
 from kleinctl.units import GIB
+from kleinctl.worker.device import settle_processor
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -62,6 +63,14 @@ def on_device(session: Any) -> int:
 
 def draw(session: Any, job: Job) -> Any:
     return session.generate(job, lambda stage, done, total: None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled() -> None:
+    """As in the worker, so that no first cosine of two threads has half of its digits."""
+    import torch  # noqa: F401
+
+    settle_processor()
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,11 @@ from kleinctl.memory import CONTEXT_BYTES
 from kleinctl.units import GIB
 from kleinctl.worker.protocol import StageUse
 
+#: Functions that torch leaves to oneMKL's vector mathematics on a processor (aten/src/ATen/cpu/vml.h).
+VECTOR_FUNCTIONS = (
+    *("acos", "asin", "atan", "cos", "cosh", "erf", "erfc", "erfinv", "exp", "expm1", "log", "log10", "log1p", "log2"),
+    *("sin", "sinh", "sqrt", "tan", "tanh", "trunc"),
+)
 #: More than this is no CUDA context but another program that has started meanwhile.
 MOST_CONTEXT_BYTES = GIB
 
@@ -109,6 +114,19 @@ class Cuda(Device):
 def open_device(budget: Budget) -> Device:
     """The device that `budget` names, its limit set. Imports torch for a card alone."""
     return Cuda(budget) if budget.device.startswith("cuda") else Device(budget)
+
+
+def settle_processor() -> None:
+    """Have oneMKL choose its kernels now, in one thread, where torch has been imported.
+
+    It does so at a function's first call; when several threads make that at once, one of them can get a kernel with
+    half of the digits, and the picture other bits: see docs/measurements.md, and
+    https://github.com/pytorch/pytorch/issues/188792.
+    """
+    torch: Any = sys.modules.get("torch")
+    for name in VECTOR_FUNCTIONS if torch else ():
+        for dtype in (torch.float32, torch.float64):
+            getattr(torch, name)(torch.zeros(1, dtype=dtype))
 
 
 class _Memory(ctypes.Structure):

@@ -28,7 +28,7 @@ from kleinctl.pngtext import plain_text, utf8_text, with_chunks
 from kleinctl.problem import KleinctlError, Problem
 from kleinctl.records import numbered
 from kleinctl.worker import die_with_parent, protocol
-from kleinctl.worker.device import Device, open_device, rss_bytes
+from kleinctl.worker.device import Device, open_device, rss_bytes, settle_processor
 from kleinctl.worker.looks import pixels_of, prompt_cut
 from kleinctl.worker.protocol import (
     Calibrate,
@@ -193,6 +193,7 @@ class Worker:
             backend.prefetch(model, request.budget, request.job)
         self._device = getattr(backend, "open_device", open_device)(request.budget)
         session = backend.load(model, self._device.budget)
+        settle_processor()
         self._session = session
         self._loaded = Loaded(
             strategy=session.strategy,
