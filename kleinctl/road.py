@@ -74,7 +74,7 @@ def check_precision(plugins: Plugins, offers: Sequence[Offer], precision: str) -
     if not precision or any(precision in precisions(offer.thing) for offer in offers):
         return
     can = {name: precisions(offer.thing) for name, offer in plugins.backends.items()}
-    known = [each for offer in offers for each in precisions(offer.thing)]
+    known = list(dict.fromkeys(each for offer in offers for each in precisions(offer.thing)))
     names = offers[0].thing.name if len(offers) == 1 else "no backend here"
     has = f"Known here is {', '.join(known)}." if known else "It holds them as the model's files have them."
     able = [name for name, own in can.items() if precision in own]

@@ -15,7 +15,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 from kleinctl import KleinctlError, Problem
 
-#: Longest answer that is read, in bytes (a list of files may be long; a picture is larger), and how long one may take.
+#: Longest answer that is read, in bytes (a list of files may be long; a picture is larger), and how long one may pause.
 MAX_JSON, MAX_PICTURE, ANSWER_SECONDS = 8 * 2**20, 512 * 2**20, 30.0
 #: Seconds between two looks at the queue, and after which a queue that does not move is said to hang.
 LOOK_SECONDS, HANG_SECONDS = 1.0, 600.0
@@ -82,6 +82,7 @@ class Client:
             )
         self.url, self.id = url.rstrip("/"), uuid.uuid4().hex
         self._host, self._port, self._alive = host, port, alive
+        self._last = ""
 
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The answer to a GET (with `body`: a POST) as JSON; an empty mapping where it is empty.
@@ -112,7 +113,7 @@ class Client:
 
     def picture(self, file: File) -> bytes:
         """The bytes of a picture."""
-        return self._request(f"/view?{urlencode(vars(file))}", None, "", MAX_PICTURE)
+        return self._request(f"/view?{urlencode(vars(file), errors='replace')}", None, "", MAX_PICTURE)
 
     def stop(self, prompt: str) -> None:
         """Take a prompt out of the queue, and end it where it runs."""
@@ -133,7 +134,7 @@ class Client:
     ) -> list[File]:
         """Queue a graph, and wait for its files; the first is its picture, if there is one.
 
-        `queued` hears the prompt's id as soon as it has one.
+        `queued` hears the prompt's id before the server does, so that whoever outlives us can take it back at any time.
 
         What came of it is read from the history; the websocket tells no more than progress, so it may skip and drop.
 
@@ -143,12 +144,19 @@ class Client:
             KleinctlError: the server does not answer, or its queue hangs.
         """
         with self._events() as events:
-            prompt = _mapping(self.ask("/prompt", {"prompt": graph, "client_id": self.id})).get("prompt_id")
-            if not isinstance(prompt, str) or not prompt:  # without an id `/interrupt` would end anybody's job
-                raise self._silent("/prompt gave no prompt_id")
+            prompt = str(uuid.uuid4())  # without an id `/interrupt` would end anybody's job
             queued(prompt)
             try:
-                return _files(self._wait(prompt, events, told))
+                body = {"prompt": graph, "client_id": self.id, "prompt_id": prompt}
+                given = _mapping(self.ask("/prompt", body)).get("prompt_id")
+                if not isinstance(given, str) or not given:
+                    raise self._silent("/prompt gave no prompt_id")
+                if given != prompt:  # a server that numbers jobs by itself
+                    prompt = given
+                    queued(prompt)
+                files = _files(self._wait(prompt, events, told))
+                self._last = prompt
+                return files
             except Failed:
                 raise
             except BaseException:
@@ -175,9 +183,14 @@ class Client:
             if time.monotonic() - watch.moved > HANG_SECONDS:
                 raise self._hangs(watch.before)
 
+    def forgot(self) -> bool:
+        """Whether the server knows no more of the last job that it did for us: it was started anew, most likely."""
+        return self._last != "" and not self._history(self._last)
+
     def _history(self, prompt: str) -> Mapping[str, Any]:
         """What became of a prompt; empty as long as it has not ended."""
-        entry = _mapping(_mapping(self.ask(f"/history/{quote(prompt, safe='')}")).get(prompt))
+        path = f"/history/{quote(prompt, safe='', errors='replace')}"
+        entry = _mapping(_mapping(self.ask(path)).get(prompt))
         return entry if _mapping(entry.get("status")).get("status_str") else {}
 
     def _json(self, text: bytes, path: str) -> Any:
@@ -277,6 +290,27 @@ class _Watch:
         self._told(node, value, most)
 
 
+class _Bounded(socket.socket):
+    """A connection that breaks where one message is longer than MAX_JSON, or comes for longer than ANSWER_SECONDS."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        super().__init__(fileno=connected.detach())
+        self.settimeout(ANSWER_SECONDS)
+        self.begin()
+
+    def begin(self) -> None:
+        """Count anew."""
+        self._room, self._end = MAX_JSON, time.monotonic() + ANSWER_SECONDS
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """Some of what has come."""
+        data = super().recv(size, flags)
+        self._room -= len(data)
+        if self._room < 0 or time.monotonic() > self._end:
+            raise OSError("it does not end")
+        return data
+
+
 class _Events:
     """The messages of a websocket as they come; none where it cannot be had, or for as long as it has dropped."""
 
@@ -287,6 +321,7 @@ class _Events:
         self._timeout = websocket.WebSocketTimeoutException
         self._url, self._connect = url, websocket.create_connection
         self._socket: Any = None
+        self._bounds: Callable[[], None] = lambda: None
         self._open()
 
     def _open(self) -> None:
@@ -294,10 +329,11 @@ class _Events:
             # A browser's Origin is what ComfyUI compares with Host; a program sends none.
             # With a connection of our own no proxy that the environment names is asked.
             parts = urlsplit(self._url)
-            connected = socket.create_connection((parts.hostname, parts.port or 80), ANSWER_SECONDS)
+            connected = _Bounded(socket.create_connection((parts.hostname, parts.port or 80), ANSWER_SECONDS))
             self._socket = self._connect(
                 self._url, ANSWER_SECONDS, socket=connected, suppress_origin=True, redirect_limit=0
             )
+            self._bounds = connected.begin
 
     @property
     def open(self) -> bool:
@@ -311,6 +347,7 @@ class _Events:
             self._open()
             return None
         try:
+            self._bounds()
             self._socket.settimeout(seconds)
             text = self._socket.recv()
             event = json.loads(text) if isinstance(text, str) and text else {}

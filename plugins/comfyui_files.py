@@ -47,18 +47,24 @@ def marks(paths: Sequence[Path]) -> dict[Path, Mark]:
     return {path: (each.st_size, each.st_mtime_ns, each.st_ino) for path, each in facts.items()}
 
 
-def check(found: Mapping[Load, Path], model: Model, *, editing: bool) -> None:
-    """Whether these files make klein's picture; other models' files are not looked at.
+def install(model: Model) -> str:
+    """The command that puts the right files there."""
+    return f"kleinctl install --model {model.name} --backend comfyui-fp8"
+
+
+def check(found: Mapping[Load, Path], model: Model, *, editing: bool, own: bool) -> None:
+    """Whether these files make klein's picture. `own` is whether the graph is ours: a user's may be for another model.
 
     Raises:
         KleinctlError: one is broken, or belongs to something else.
     """
     known = {load: identify.identify(path, [model]) for load, path in found.items()}
-    fix = f"kleinctl install --model {model.name} --backend comfyui-fp8"
-    kleins = [each for load, each in known.items() if load.role == "transformer"]
-    others = [each for each in kleins if each.whole and each.role == "transformer"]
-    if others and not any(each.family.startswith("flux2-klein") for each in others):
-        return
+    fix = install(model)
+    drawn = {load: each for load, each in known.items() if each.whole and load.role == each.role == "transformer"}
+    if drawn and not any(each.family.startswith("flux2-klein") for each in drawn.values()):
+        if not own:
+            return
+        raise KleinctlError(replace(_other(*next(iter(drawn.items()))), fix=fix))
     for problem in _problems(known, editing):
         raise KleinctlError(replace(problem, fix=fix, remedy=None))
 
@@ -91,6 +97,12 @@ def _role(load: Load, found: identify.Identity) -> Problem | None:
     what = f"{load.name} is not a {ROLES[load.role]} that is known here"
     why = f"It lies in {load.kind}; its header shows {found.saw.rstrip('.')}."
     return Problem(what, why, "", name=names[load.role], path=str(found.path), ref="B16")
+
+
+def _other(load: Load, found: identify.Identity) -> Problem:
+    what = f"{load.name} is the transformer of another model"
+    why = f"Wanted is one of FLUX.2 [klein]; its header shows {found.saw.rstrip('.')}."
+    return Problem(what, why, "", name="wrong-transformer", path=str(found.path), ref="B16")
 
 
 def _layout(load: Load, found: identify.Identity) -> Problem | None:

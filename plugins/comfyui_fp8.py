@@ -40,15 +40,14 @@ from kleinctl import (
 
 kleinctl_api = 1
 
-#: Measured on an H100 with ComfyUI 0.29 and full-size random weights (docs/measurements.md): seconds from start to the
-#: first answer on a machine that imports torch and diffusers in 7; RAM beside the weights (17 GiB in all).
-START_SECONDS, RAM_BYTES = 18.0, 2 * 2**30
-#: What a picture takes beside its arithmetic: fixed, and each time one is packed or unpacked on its way as PNG (fits
-#: 0.93-1.13 s a picture at 1024 x 1024 with all weights on the card).
-TURN_SECONDS, PACKINGS = 0.25, 2
+#: Measured on an H100 with ComfyUI 0.29 and full-size random weights (docs/measurements.md): its start, of the time in
+#: which a worker of kleinctl's starts there (11 to 17 s, 9 to 10); RAM beside the weights (17.2 GiB in all, fp8 13.8).
+START_TIMES, RAM_BYTES = 1.5, 2 * 2**30
+#: What a picture takes beside its arithmetic: fixed, and each time one is packed or unpacked on its way as PNG.
+TURN_SECONDS, PACKINGS = 0.35, 2
 #: Weights that are not on the card come to it each time, and push others out: bytes moved for each that lacks, and the
-#: share of the link's rate that is reached (fits 1.45-1.73 s with 7.8 of 15.7 GiB).
-MOVES, RATE_SHARE = 2, 0.5
+#: share of the link's rate that is reached (1.34 and 2.03 s at 1024 x 1024 with 16 and 8 GiB free; fp8 1.14 and 1.45).
+MOVES, RATE_SHARE = 2, 0.35
 #: How the node of a role names its file.
 INPUTS = {
     "transformer": ("UNETLoader", "unet_name"),
@@ -91,22 +90,25 @@ class ComfyuiFp8:
         return comfyui.trouble(checkout) if checkout is not None else not_installed()
 
     def fit(self, model: Model, hardware: Hardware, job: Job) -> Fit:
-        """ComfyUI takes what it is given, up to all weights with the largest activations, and moves what lacks."""
+        """ComfyUI takes all that is free, up to all weights with the largest activations, and moves what lacks.
+
+        What --reserve-vram leaves alone its weights do; its activations and what it keeps of them do not (measured:
+        15.96 GiB with 16.0 free and 1.55 to reserve).
+        """
         weights = _weights(model, job)
         working = max(
             memory.denoise_bytes(model, job), memory.decode_bytes(model, job), memory.reference_bytes(model, job)
         )
         held = memory.CONTEXT_BYTES + weights
         least = memory.CONTEXT_BYTES + working + model.shape.vae_bytes
-        room = memory.usable_vram(hardware.gpu) if hardware.gpu else held + working
-        vram = max(least, min(room, held + working))
-        following = self._seconds(model, hardware, job, weights, max(0, held - vram))
+        free, room = (hardware.gpu.vram_free_bytes, memory.usable_vram(hardware.gpu)) if hardware.gpu else (held, held)
+        following = self._seconds(model, hardware, job, weights, max(0, held - max(least, room)))
         why_not = _unoffered(model, hardware, job) or memory.lacking(
-            model, hardware, vram_bytes=vram, ram_bytes=weights + RAM_BYTES
+            model, hardware, vram_bytes=least, ram_bytes=weights + RAM_BYTES
         )
-        start = START_SECONDS * memory.start_seconds(hardware) / memory.IMPORT_SECONDS
+        start = START_TIMES * memory.start_seconds(hardware)
         return Fit(
-            vram_bytes=vram,
+            vram_bytes=max(least, min(free, held + working)),
             ram_bytes=weights + RAM_BYTES,
             disk_bytes=sum(part.size or 0 for part in _parts(model, job)),
             seconds_first=start + memory.read_seconds(weights, hardware, warm=False) + following,
@@ -273,8 +275,10 @@ class Session:
         progress("load", 0, 1)
         if self.server.ended:
             self._reopen()
+        elif self._started_anew():
+            self._offers, self._loaded = {}, {}
         drawn = self._drawn(job)
-        comfyui_files.check(drawn.files, self.model.manifest, editing=bool(job.images))
+        comfyui_files.check(drawn.files, self.model.manifest, editing=bool(job.images), own=not job.workflow)
         if self._replaced(drawn):
             self._reopen()
             drawn = self._drawn(job)  # its temporary folder was emptied as well
@@ -283,12 +287,11 @@ class Session:
 
     def _run(self, api: Api, job: Job, progress: Any) -> Any:
         """The picture of a graph, fetched and looked at."""
-        client = self.server.client
         try:
-            made, *others = client.run(api, _Told(api, job, progress), self.server.watch)
+            made, *others = self.server.client.run(api, _Told(api, job, progress), self.server.watch)
             if not made.pictured:
                 raise KleinctlError(self._no_picture([made, *others]))
-            picture = client.picture(made)
+            picture = self._fetched(made)
         except Refused as error:
             raise self._rejected(api, error) from None
         except Failed as error:
@@ -306,10 +309,28 @@ class Session:
             self._say(f"the PNG has the pixels of a {kind} file; ComfyUI made it as {self._places([made])}")
         return image
 
+    def _started_anew(self) -> bool:
+        """Whether a server that is not ours has forgotten our last job, and so what it had loaded."""
+        try:
+            return not self.server.ours and self.server.client.forgot()
+        except (Refused, KleinctlError):  # what comes next will tell
+            return False
+
+    def _fetched(self, made: File) -> bytes:
+        try:
+            return self.server.client.picture(made)
+        except Refused as error:
+            if error.status == 403:
+                raise
+            why = f"ComfyUI named {self._places([made])}, and answered HTTP {error.status} when it was to hand it over."
+            fix = "draw it again: something took it out of ComfyUI's folder"
+            raise KleinctlError(Problem("the picture is gone", why, fix, name="picture-damaged")) from None
+
     def _places(self, files: Sequence[File]) -> str:
         """Where files of the server lie, as far as that is known."""
-        folder = comfyui.folder() / "run" if self.server.ours else Path()
-        paths = [str(folder / each.type / each.subfolder / each.filename) for each in files[:4]]
+        own = comfyui.folder() / "run" if self.server.ours else Path()
+        named = [(own if each.type == "output" else Path(), each) for each in files[:4]]
+        paths = [str(folder / each.type / each.subfolder / each.filename)[:300] for folder, each in named]
         return ", ".join(paths) + (f" and {len(files) - 4} more" if len(files) > 4 else "")
 
     def _no_picture(self, files: Sequence[File]) -> Problem:
@@ -380,7 +401,7 @@ class Session:
 
     def _lacks(self, role: str, wanted: Sequence[Part], listed: Sequence[str]) -> Problem:
         names = " or ".join(dict.fromkeys(part.name for part in wanted)) or "a file"
-        install = f"kleinctl install --model {self.model.manifest.name} --backend comfyui-fp8"
+        install = comfyui_files.install(self.model.manifest)
         fix = install if self.server.ours else f"{install}   # then start ComfyUI again"
         fix = fix if self.checkout else "kleinctl doctor --comfyui DIR   # the folder of that server"
         why = f"Wanted is {names}; it lists {', '.join(listed[:8]) or 'none'}{', …' if len(listed) > 8 else ''}."
@@ -458,7 +479,7 @@ class Session:
             return forbidden(error, self.server.url)
         try:
             said = json.loads(error.text)
-        except ValueError:
+        except (ValueError, RecursionError):
             said = None
         said = said if isinstance(said, dict) else {"error": error.text[:300]}
         told = said.get("error")
@@ -467,11 +488,12 @@ class Session:
 
     def _failure(self, api: Api, said: Mapping[str, Any]) -> KleinctlError:
         """The problem of a run that failed; the traceback goes to the log."""
-        sys.stderr.write("".join(map(str, said.get("traceback") or ())) + "\n")
+        traceback = said.get("traceback")
+        sys.stderr.write("".join(map(str, traceback if isinstance(traceback, list) else [traceback or ""])) + "\n")
         node = str(said.get("node_type") or "")
         message = " ".join(str(said.get("exception_message") or "it does not say why").split("TIPS:")[0].split())
         kept = {key: said.get(key) for key in ("node_id", "node_type", "exception_type", "exception_message")}
-        text = {**kept, "traceback": said.get("traceback")}
+        text = {**kept, "traceback": traceback}
         return self._explained(api, text, f"{node + ': ' if node else ''}{message}")
 
     def _explained(self, api: Api, said: Mapping[str, Any], message: str) -> KleinctlError:
@@ -480,13 +502,19 @@ class Session:
         for match in logs.explain(text):
             problem = match.problem
             meant = problem.path or self._meant(api, problem, str(said.get("node_type") or ""))
-            return KleinctlError(replace(problem, path=meant))
+            return KleinctlError(replace(problem, path=meant, fix=self._fix(problem.fix, meant)))
         log = getattr(self.server, "log", None)
         fix = f"kleinctl doctor --log {quoted(log)}" if log else "look at ComfyUI's own log"
         path = str(log) if log else None
         return KleinctlError(
             Problem("ComfyUI drew no picture", f"{message[:500]}.", fix, name="comfyui-failed", path=path)
         )
+
+    def _fix(self, fix: str, meant: str | None) -> str:
+        """A fix that can be pasted: a log alone does not tell ComfyUI's folder, nor where a file lies."""
+        if "FOLDER" in fix and self.checkout is not None:
+            return comfyui_files.install(self.model.manifest)
+        return f"kleinctl identify {quoted(Path(meant))}" if meant and fix.startswith("kleinctl identify ") else fix
 
     def _meant(self, api: Api, problem: Problem, node: str) -> str | None:
         """The file that a problem speaks of: the one that the failed node loads, else one of the graph."""
@@ -561,7 +589,7 @@ def _opened(given: bytes, name: str) -> tuple[Any, str, int]:
         with Image.open(io.BytesIO(given), formats=("PNG", "JPEG", "WEBP", "GIF")) as image:
             kind, frames = str(image.format), int(getattr(image, "n_frames", 1))
             return image.convert("RGB"), kind, frames
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # of a damaged file Pillow raises whatever it stumbles over
         why = f"ComfyUI gave {len(given)} bytes as {name}, which are no whole picture: {error}."
         fix = "draw it again; if it stays so: kleinctl doctor"
         raise KleinctlError(Problem("the picture came damaged", why, fix, name="picture-damaged")) from None

@@ -133,7 +133,9 @@ class Server:
 
     @property
     def ended(self) -> bool:
-        """Whether it no longer answers."""
+        """Whether it no longer answers, or nobody watches over its jobs any more."""
+        if self._warden.exit is not None:
+            return True
         try:
             self.client.ask("/queue")
         except Refused:
@@ -157,8 +159,8 @@ class Server:
             why = f"{self.url} says nothing of a ComfyUI: {json.dumps(answer)[:200]}"
             what, fix = "what answers is not ComfyUI", "kleinctl doctor --comfyui DIR"
             raise KleinctlError(Problem(what, why, fix, name="comfyui-failed"))
-        self.version = str(system.get("comfyui_version") or "unknown")
-        self.torch = str(system.get("pytorch_version") or "unknown")
+        self.version = str(system.get("comfyui_version") or "unknown")[:40]
+        self.torch = str(system.get("pytorch_version") or "unknown")[:40]
         check_version(self.version)
         self.met = True
 
@@ -191,11 +193,14 @@ class Started(Server):
         self.url, self.version, self.torch = f"http://127.0.0.1:{port}", "unknown", "unknown"
         self.client = Client(self.url, self._silent)
         self._place, self._ready = checkout.path, False
-        self._words = arguments(checkout, port, budget, paths)
-        for each in (*(folder / name for name in ("output", "temp", "user")), logs_folder()):
+        #: Where in the log begins what was said since the last job was sent.
+        self._since = 0
+        lock = hashlib.sha256(str(checkout.path.resolve()).encode()).hexdigest()[:12]
+        temp = folder / f"temp-{lock}"  # a start empties it, so no two checkouts may share one
+        self._words = arguments(checkout, port, budget, paths, temp)
+        for each in (folder / "output", folder / "user", temp, logs_folder()):
             each.mkdir(parents=True, exist_ok=True)
         self.log = _new_log(port)
-        lock = hashlib.sha256(str(checkout.path.resolve()).encode()).hexdigest()[:12]
         self._warden = _Warden(
             {
                 "url": self.url,
@@ -205,8 +210,15 @@ class Started(Server):
                 "log": str(self.log),
                 "lock": str(folder / f"{lock}.lock"),
                 "patience": LOCK_SECONDS,
+                "temp": str(temp),
             }
         )
+
+    def watch(self, prompt: str | None) -> None:
+        """Remember where the log has come to: what was said before explains nothing of this job."""
+        if prompt:
+            with contextlib.suppress(OSError):
+                self._since = self.log.stat().st_size
 
     def wait(self) -> None:
         """Wait until it answers.
@@ -251,7 +263,7 @@ class Started(Server):
                 Problem(
                     f"the ComfyUI in {self._place} is in use by another kleinctl",
                     "One checkout runs once at a time: two of them would fill the card.",
-                    "wait until that is done, or keep one for all: kleinctl serve",
+                    "kleinctl serve --free   # where a server has it; else wait until the other command is done",
                     name="comfyui-in-use",
                 )
             )
@@ -272,7 +284,7 @@ class Started(Server):
 
     def _death(self, status: int) -> Problem:
         how = f"It ended with {exits.exit_text(status)}"
-        text = tail(self.log)
+        text = tail(self.log, self._since)
         for match in logs.explain(text):
             if match.problem.severity == "error":
                 return replace(
@@ -295,7 +307,7 @@ class Started(Server):
     def _taken(self, how: str) -> Problem:
         why = f"Another program took it between the choice and the start: what listens at {self.url} {how}."
         fix = "kleinctl doctor   # then the same command again"
-        return Problem("ComfyUI's port was taken", why, fix, name="port-in-use", path=str(self.log))
+        return Problem("ComfyUI's port was taken", why, fix, name="port-in-use", path=str(self.log), ref="E06")
 
     def _start_failed(self, what: str, why: str) -> Problem:
         fix = f"kleinctl doctor --log {quoted(self.log)}"
@@ -352,12 +364,12 @@ class _Warden:
             self.exit = self._process.wait()
 
 
-def arguments(checkout: comfyui.Checkout, port: int, budget: Budget, paths: Path | None) -> list[str]:
+def arguments(checkout: comfyui.Checkout, port: int, budget: Budget, paths: Path | None, temp: Path) -> list[str]:
     """How `main.py` is started: the user's own arguments without those that are ours, and ours."""
     folder = comfyui.folder() / "run"
     given = [
         *("--listen", "127.0.0.1", "--port", str(port), "--disable-auto-launch", "--disable-api-nodes"),
-        *("--output-directory", str(folder / "output"), "--temp-directory", str(folder / "temp")),
+        *("--output-directory", str(folder / "output"), "--temp-directory", str(temp)),
         *("--user-directory", str(folder / "user"), "--database-url", "sqlite:///:memory:"),
         *("--preview-method", "none"),
     ]
@@ -437,10 +449,10 @@ def forbidden(error: Refused, url: str) -> KleinctlError:
     return KleinctlError(Problem(what, why, "kleinctl doctor --comfyui DIR", name="comfyui-failed"))
 
 
-def tail(log: Path) -> str:
-    """The end of a log."""
+def tail(log: Path, since: int = 0) -> str:
+    """The end of a log, from the byte `since` on at the earliest."""
     with contextlib.suppress(OSError), log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - LOG_BYTES))
+        file.seek(max(since, log.stat().st_size - LOG_BYTES))
         return file.read(LOG_BYTES).decode("utf-8", "replace")
     return ""
 

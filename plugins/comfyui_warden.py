@@ -1,9 +1,10 @@
 """Watches over a ComfyUI for a worker, and outlives it: `python -I comfyui_warden.py`, of the standard library alone.
 
 The first line on stdin says what to start (`command`, `folder`, `environment`, `log`, and `lock` with the seconds of
-`patience` to wait for it; nothing where a server runs already) and its `url`. Each later line names the prompt that is
-under way (`{"prompt": "…"}`, null for none). Lines on stdout tell `{"pid": …}`, `{"busy": true}` where another has the
-lock, and `{"exit": …}`. When stdin ends, however that came about, the prompt is taken back, and what was started ends.
+`patience` to wait for it, and its `temp` folder; nothing where a server runs already) and its `url`. Each later line
+names the prompt that is under way (`{"prompt": "…"}`, null for none). Lines on stdout tell `{"pid": …}`,
+`{"busy": true}` where another has the lock, and `{"exit": …}`. When stdin ends, however that came about, what was
+started ends and its temporary files go; from a server that goes on the prompt is taken back.
 """
 
 import contextlib
@@ -11,42 +12,76 @@ import ctypes
 import http.client
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 
-#: Seconds for an answer at the end, and for a server to end by itself.
-ANSWER_SECONDS, END_SECONDS = 2.0, 5.0
+#: Seconds for an answer at the end, for a server to end by itself, and between two looks at the lock.
+ANSWER_SECONDS, END_SECONDS, LOOK_SECONDS = 2.0, 5.0, 0.1
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main():
     """Start what is to be started, listen, and clean up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the control process
-    task = json.loads(sys.stdin.readline())
+    try:
+        task = json.loads(sys.stdin.readline())
+    except ValueError:  # the worker was killed before it had said it
+        return
+    worker = _Worker()
+    worker.start()
+    if "command" not in task:
+        worker.ended.wait()
+        if worker.prompt:
+            _take_back(task["url"], worker.prompt)
+        return
     with contextlib.ExitStack() as held:
-        process = _start(task, held) if "command" in task else None
-        prompt = None
-        for line in sys.stdin:
-            prompt = json.loads(line).get("prompt")
-        if prompt and (process is None or process.poll() is None):
-            _take_back(task["url"], prompt)
-        if process is not None:
-            _end(process)
+        if _locked(task, held, worker.ended):
+            process = _start(task, held)
+            worker.ended.wait()
+            if process is not None:
+                _end(process)
+            shutil.rmtree(task["temp"], ignore_errors=True)
+        worker.ended.wait()
+
+
+class _Worker(threading.Thread):
+    """What the worker says until it ends: the prompt that is under way."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.prompt, self.ended = None, threading.Event()
+
+    def run(self):
+        with contextlib.suppress(ValueError):  # a line that was cut off as the worker was killed
+            for line in sys.stdin:
+                self.prompt = json.loads(line).get("prompt")
+        self.ended.set()
+
+
+def _locked(task, held, ended):
+    """Whether no other runs this checkout, or is done with it while the worker waits."""
+    import filelock
+
+    end = time.monotonic() + task["patience"]
+    while not ended.is_set():
+        with contextlib.suppress(filelock.Timeout):
+            held.enter_context(filelock.FileLock(task["lock"]).acquire(timeout=0))
+            return True
+        if time.monotonic() > end:
+            _say(busy=True)
+            return False
+        ended.wait(LOOK_SECONDS)
+    return False
 
 
 def _start(task, held):
-    """The server, its log open for as long as it lives."""
-    import filelock
-
-    try:
-        held.enter_context(filelock.FileLock(task["lock"], timeout=task["patience"]))
-    except filelock.Timeout:
-        _say(busy=True)
-        sys.exit(0)
-    log = held.enter_context(open(task["log"], "ab"))  # noqa: PTH123, SIM115
+    """The server, its log open for as long as it lives; None where it does not start."""
+    log = held.enter_context(open(task["log"], "ab", buffering=0))  # noqa: PTH123, SIM115
     try:
         process = subprocess.Popen(
             task["command"],
@@ -62,7 +97,7 @@ def _start(task, held):
     except OSError as error:
         log.write(f"{task['command'][0]}: {error.strerror}\n".encode())
         _say(exit=127)
-        sys.exit(0)
+        return None
     _say(pid=process.pid)
     threading.Thread(target=lambda: _say(exit=process.wait()), daemon=True).start()
     return process

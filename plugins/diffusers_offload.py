@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kleinctl_plugins.pipeline import REQUIRES, generator, open_references
+from kleinctl_plugins.pipeline import OWN_PRECISION, REQUIRES, generator, open_references, unoffered
 
 from kleinctl import Budget, Environment, Fit, Hardware, InstalledModel, Job, Model, Problem, Stage, hookimpl, memory
 
@@ -26,6 +26,7 @@ class DiffusersOffload:
     aliases = ("diffusers",)
     requires = REQUIRES
     layout = "diffusers"
+    precisions = tuple(OWN_PRECISION.values())
 
     def health(self, hardware: Hardware, environment: Environment | None) -> Problem | None:
         return None
@@ -37,7 +38,7 @@ class DiffusersOffload:
         working = 0 if on_card else max(memory.denoise_bytes(model, job), memory.decode_bytes(model, job))
         ram = weights + memory.PROCESS_BYTES + working
         vram = max(stage.vram_bytes for stage in stages)
-        why_not = memory.lacking(model, hardware, vram_bytes=vram, ram_bytes=ram)
+        why_not = unoffered(model, job) or memory.lacking(model, hardware, vram_bytes=vram, ram_bytes=ram)
         following = sum(stage.seconds for stage in stages)
         loading = memory.start_seconds(hardware) + memory.read_seconds(weights, hardware, warm=False)
         return Fit(

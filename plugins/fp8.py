@@ -12,6 +12,8 @@ from typing import Any
 
 from kleinctl_plugins.layout import ALIGNMENT, Layout, Piece
 
+#: The precision's name for who asks for it.
+FP8 = "fp8"
 LARGEST = 448.0
 SCALE_BYTES = 4
 #: Weights that are packed at once: in float32 they take four bytes each, twice.

@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from kleinctl_plugins.fp8 import SCALE_BYTES
+from kleinctl_plugins.fp8 import FP8, SCALE_BYTES
 from kleinctl_plugins.layout import ITEM_BYTES
 
 from kleinctl import Hardware, Job, Model, Stage, memory
@@ -141,8 +141,9 @@ def encoder_units(model: Model, precision: str = "") -> dict[str, int]:
 
 
 def _packed(model: Model, count: int, width: int, precision: str) -> int:
-    """Bytes of a block whose weights take `count` when they are computed with: fp8 has a byte a weight, 4 a row."""
-    return count if not precision else int(count * (1 + SCALE_BYTES / width) / ITEM_BYTES[model.dtype])
+    """Bytes of a block whose weights take `count` when they are computed with: fp8 has a byte a weight, and SCALE_BYTES
+    a row."""
+    return count if precision != FP8 else int(count * (1 + SCALE_BYTES / width) / ITEM_BYTES[model.dtype])
 
 
 def transformer_units(model: Model, precision: str = "") -> dict[str, int]:
@@ -223,7 +224,7 @@ def _plan(task: Task, room: int, encoder_way: str, transformer_way: str, tiles: 
     beside = encoder_all if encoder_way == "resident" else 0  # of the encoder, while the transformer computes
     coming = slots * max(encoder.values()) if encoder_way == "streamed" else encoder_all
     ring = slots * max(blocks.values()) if transformer_way == "streamed" else 0
-    if job.precision:  # what a block is expanded into
+    if job.precision == FP8:  # what a block is expanded into
         coming += max(encoder_units(model).values())
         ring += max(size for name, size in transformer_units(model).items() if name)
 

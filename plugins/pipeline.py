@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kleinctl import KleinctlError, Problem
+from kleinctl import Job, KleinctlError, Model, Problem
 
 #: Ranges that were tried; the pipeline came with diffusers 0.37, reliable editing with 0.38.
 REQUIRES = (
@@ -17,6 +17,16 @@ REQUIRES = (
     "safetensors>=0.6",
     "pillow>=11",
 )
+#: What people call a model's own precision, in which both backends compute, asked for or not.
+OWN_PRECISION = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+def unoffered(model: Model, job: Job, *more: str) -> str | None:
+    """Why the job's precision cannot be had of a backend that offers the model's own and `more`; None where it can."""
+    offered = OWN_PRECISION.get(model.dtype, model.dtype), *more
+    if not job.precision or job.precision in offered:
+        return None
+    return f"{model.name} runs in {' or '.join(offered)} here; {job.precision} was asked for."
 
 
 def open_references(paths: Sequence[Path]) -> list[Any] | None:

@@ -12,9 +12,10 @@ from typing import Any
 
 from kleinctl_plugins import holding
 from kleinctl_plugins.embeddings import Embeddings
+from kleinctl_plugins.fp8 import FP8
 from kleinctl_plugins.holding import CPU_WAYS, WAYS, Holding, Task
 from kleinctl_plugins.layout import EarlyReader, Layout, layouts
-from kleinctl_plugins.pipeline import REQUIRES, generator, open_references
+from kleinctl_plugins.pipeline import OWN_PRECISION, REQUIRES, generator, open_references, unoffered
 from kleinctl_plugins.weights import Component, Embedding, Reader
 
 from kleinctl import Budget, Environment, Fit, Gpu, Hardware, InstalledModel, Job, Model, Problem, hookimpl, memory
@@ -54,7 +55,7 @@ class StagedDecode:
     aliases = ("staged",)
     requires = REQUIRES
     layout = "diffusers"
-    precisions = ("fp8",)
+    precisions = (*OWN_PRECISION.values(), FP8)
 
     def __init__(self) -> None:
         self._early: EarlyReader | None = None
@@ -74,7 +75,7 @@ class StagedDecode:
             vram, host = 0, plan.vram_bytes + memory.PROCESS_BYTES
             if "cpu" not in model.devices:  # it would be streamed to a card, if there were one
                 vram = memory.CONTEXT_BYTES + plan.vram_bytes
-        why_not = memory.lacking(model, hardware, vram_bytes=vram, ram_bytes=host)
+        why_not = unoffered(model, job, FP8) or memory.lacking(model, hardware, vram_bytes=vram, ram_bytes=host)
         compute = memory.compute_seconds(model, hardware, job)
         weights = memory.text_encoder_bytes(model) + model.shape.transformer_bytes + model.shape.vae_bytes
         return Fit(
@@ -99,7 +100,7 @@ class StagedDecode:
         ahead = host - plan.host_bytes
         for name, held in (("text_encoder", plan.encoder), ("transformer", plan.transformer)):
             every = _layouts(model, name)
-            now = [] if job.precision else [every[unit] for unit in held.host]
+            now = [] if job.precision == FP8 else [every[unit] for unit in held.host]
             self._early.read(name, now)
             later = [each for each in every.values() if each not in now]
             ahead -= sum(each.bytes for each in later)
@@ -274,7 +275,7 @@ class Session:
 
     def _plan(self, job: Job) -> Holding:
         for component in (self.encoder, self.transformer):
-            component.pack(bool(job.precision), self.reader)
+            component.pack(job.precision == FP8, self.reader)
         room = self._room_now()
         if room < self._room * holding.STEP:
             figures = f"{room / 2**30:.1f}", f"{self._room / 2**30:.1f} GiB"
@@ -326,11 +327,12 @@ class Session:
         """Embeddings of the prompt, and of the empty prompt where guidance needs it: (1, 512, 3 x width) each."""
         guided = job.guidance > 1 and not self.pipe.config.is_distilled
         prompts = [job.prompt, ""] if guided else [job.prompt]
-        new = [prompt for prompt in dict.fromkeys(prompts) if self._embeddings.get(prompt, job.precision) is None]
+        precision = FP8 if job.precision == FP8 else ""
+        new = [prompt for prompt in dict.fromkeys(prompts) if self._embeddings.get(prompt, precision) is None]
         if new:
-            self._encode_new(plan, new, job.precision, progress)
+            self._encode_new(plan, new, precision, progress)
         progress("encode", 1, 1)
-        found = [self._embeddings.get(prompt, job.precision).to(self.budget.device) for prompt in prompts]
+        found = [self._embeddings.get(prompt, precision).to(self.budget.device) for prompt in prompts]
         return found[0], found[1] if guided else None
 
     def _encode_new(self, plan: Holding, prompts: Sequence[str], precision: str, progress: Any) -> None:

@@ -32,8 +32,9 @@ class Double:
     what the loaders list. `slow` waits so many seconds before each event, `skip` leaves out steps, `shuffle` reorders
     them, `drop` closes the websocket after so many events, `deaf` refuses it. `die` ends the process after so many
     events, with the exit status `code` or else killed, and prints `say` before. `stuck` never ends a job, `ahead` has
-    so many jobs of others in the queue, `gone` forgets the job, `noisy` tells of other things without end. `before` is
-    the extra data of somebody's job that runs before ours and never ends, with `steps` it tells its steps to all.
+    so many jobs of others in the queue, `numbers` gives jobs ids of its own as older ones do (`job-101`), `gone`
+    forgets the job, `noisy` tells of other things without end. `before` is the extra data of somebody's job that runs
+    before ours and never ends, with `steps` it tells its steps to all.
     `status` answers a path with an HTTP status, `cut` cuts the picture short. `folder` is the checkout that it says it
     runs from, `folders` what it searches besides, `argv` its arguments; of a process that was started the first
     `strange` times say others than their own. `made` has the bytes of files that a job makes besides its picture by
@@ -199,7 +200,7 @@ class Double:
         if error is not None and "prompt" not in next(iter(error.values())):
             return web.json_response(error, status=400)
         self.number += 1
-        number = f"job-{self.number}"
+        number = f"job-{self.number}" if self.options.get("numbers") else body["prompt_id"]
         entry = [self.number, number, body["prompt"], {}, []]
         if not self.options.get("gone"):
             (self.pending if self.running else self.running).append(entry)

@@ -194,9 +194,10 @@ class Comfy:
     @property
     def folder(self) -> Path | None:
         """A ComfyUI of the user's, which may have the files."""
-        if self.adoption is not None:
-            return self.adoption.checkout.base or self.adoption.checkout.path
-        return (self.used.base or self.used.path) if self.used and self.stays else None
+        from kleinctl.comfyui import adopt
+
+        used = self.adoption.checkout if self.adoption else self.used if self.stays else None
+        return adopt.shown_by(used) if used else None
 
     @property
     def fetch_bytes(self) -> int:
@@ -212,11 +213,10 @@ class Comfy:
     def remarks(self) -> tuple[str, ...]:
         """What people should know about it."""
         from kleinctl.comfyui import install
-        from kleinctl.environment import inspect
 
         if self.adoption is None:
             return self.plan.remarks if self.plan else ()
-        cuda = inspect(self.adoption.checkout.python).torch_cuda
+        cuda = self.adoption.environment.torch_cuda
         return (*self.adoption.remarks, *install.kernel_remarks(self.hardware, cuda, self.precision))
 
     def to_json(self) -> dict[str, Any]:
@@ -271,6 +271,8 @@ class Comfy:
 
         found = adoption.checkout
         output.heading(f"ComfyUI {found.version} in {found.path}, with {found.python}")
+        if found.base:
+            output.remark(f"  its models, settings and custom nodes lie in {found.base}")
         for remark in self.remarks:
             output.remark(f"  note: {remark}")
         output.show_problems(_what_would_fail(self.folder or found.path, plugins, self.hardware))

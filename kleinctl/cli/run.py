@@ -106,9 +106,9 @@ def command(
         only_written(count, workflow)
         return write_down(wanted, write_workflow, as_json=as_json)
     if workflow is not None:
+        only_kept(steps=steps, guidance=guidance)
         wanted = with_workflow(wanted, workflow)
-    no_server = no_server or workflow is not None
-    with server_for(model, backend, vram_limit, ram_limit, executor, precision, ignored=no_server) as server:
+    with server_for(model, wanted.backend, vram_limit, ram_limit, executor, precision, ignored=no_server) as server:
         if batch is not None:
             return run_batch(wanted, batch, server, as_json=as_json)
         print_result(run_jobs(wanted, count, server), as_json=as_json)
@@ -172,6 +172,13 @@ def with_workflow(wanted: Wanted, path: Path) -> Wanted:
     model = wanted.plugins.models_for(wanted.model)[0]
     backend.check_workflow(path, jobs_of(model, {"seed": 0, **wanted.changes}, 1)[0])
     return replace(wanted, backend=backend.name)
+
+
+def only_kept(**typed: Any) -> None:
+    """Whether nothing was typed that stays as the workflow has it."""
+    other = next((name for name, value in typed.items() if value is not None), None)
+    if other is not None:
+        raise click.UsageError(f"--workflow keeps its own {other}: leave --{other} out.")
 
 
 def only_written(count: int, workflow: Path | None) -> None:

@@ -75,19 +75,24 @@ def command(
     if gone_comfyui is not None:
         document["files"] += map(str, gone_comfyui.programs)
         document["freed_bytes"] += gone_comfyui.freed_bytes
-        document["left"] += map(str, gone_comfyui.left)
+        document["left"] += map(str, (*gone_comfyui.left, *gone_comfyui.changed))
         document["environments"] = [*gone_comfyui.environments, *gone]
         document["comfyui"] = {"path": str(used.path), "owned": used.owned} if used else None
     if as_json:
         output.print_json(document)
     else:
-        count, freed = len(document["files"]), bytes_text(document["freed_bytes"])
-        places = len(document["environments"])
-        output.answer(f"{count} files and {places} environments taken away, {freed} of files freed")
+        programs = len(gone_comfyui.programs) if gone_comfyui else 0
+        counts = {
+            "file": len(document["files"]) - programs, "ComfyUI": programs, "environment": len(document["environments"])
+        }  # fmt: skip
+        what = ", ".join(f"{n} {name}{'s' * (n != 1)}" for name, n in counts.items() if n or name == "file")
+        output.answer(f"{what} taken away, {bytes_text(document['freed_bytes'])} of files freed")
         if gone_comfyui is not None and used is not None and not used.owned:
             output.remark(f"the ComfyUI in {used.path} is no longer used, and is as it was")
+        changed = [str(path) for path in gone_comfyui.changed] if gone_comfyui else []
         for path in document["left"]:
-            output.remark(f"left, for kleinctl did not put it there: {path}")
+            why = "files of it were changed" if path in changed else "kleinctl did not put it there"
+            output.remark(f"left, for {why}: {path}")
     return OK
 
 

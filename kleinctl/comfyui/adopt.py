@@ -29,7 +29,11 @@ MATTER = (
     "--models-directory", "--output-directory", "--input-directory", "--temp-directory", "--user-directory",
     "--extra-model-paths-config", "--database-url", "--cuda-malloc", "--disable-cuda-malloc", "--directml",
     "--force-fp32", "--force-fp16", "--fp16-vae", "--fp32-vae", "--bf16-vae", "--cpu", "--use-sage-attention",
-    "--disable-dynamic-vram", "--default-device", "--cuda-device",
+    "--disable-dynamic-vram", "--default-device", "--cuda-device", "--oneapi-device-selector", "--cpu-vae",
+    "--disable-all-custom-nodes", "--whitelist-custom-nodes", "--disable-xformers", "--use-split-cross-attention",
+    "--use-quad-cross-attention", "--use-pytorch-cross-attention", "--use-flash-attention", "--force-upcast-attention",
+    "--dont-upcast-attention", "--supports-fp8-compute", "--disable-triton-backend", "--disable-pinned-memory",
+    "--disable-async-offload", "--disable-mmap",
 )  # fmt: skip
 
 
@@ -39,6 +43,7 @@ class Adoption:
 
     checkout: Checkout
     remarks: tuple[str, ...]
+    environment: Environment
 
 
 def program(folder: Path) -> ComfyUI:
@@ -103,17 +108,23 @@ def examine(given: Path, python: Path | None = None) -> Adoption:
     if find._ours(given):
         why = "It is in use without being named; --comfyui is for yours."
         raise Misuse(Problem(f"{given} is kleinctl's own", why, "kleinctl install --backend comfy", name="usage"))
-    folder, base = _parts(given)
-    found = program(folder)
+    try:
+        folder, base = _parts(given)
+        found = program(folder)
+    except PermissionError:  # not of the folder itself, but of one around or in it
+        raise _unreadable(given) from None
     root = Path(found.path)
     if not str(root).isprintable():  # no document of ours could carry it
         raise not_comfyui(given, "the folder's name has characters that cannot be shown, and has to be changed first")
     named = found.argument("--base-directory")
     base = base or (Path(os.path.normpath(_start(found) / named)) if named else None)
-    runs = next((each for each in find.running() if each.path == root), None)
+    running = [each for each in find.running() if each.of(root) and not each.ours]
+    runs = running[0] if running else None
     interpreter = Path(os.path.abspath(python or _python(found, base, runs)))  # noqa: PTH100 (in an environment it is a link)
     environment = _environment(root, interpreter)
     remarks = [*_incomplete(found, environment), *_remarks(found, environment)]
+    if running[1:]:
+        remarks.append(f"it runs at ports {', '.join(str(each.port) for each in running)}; the first of these is used")
     _check_writable(base or root)
     checkout = Checkout(
         path=root,
@@ -125,7 +136,7 @@ def examine(given: Path, python: Path | None = None) -> Adoption:
         arguments=_arguments(found),
         url=f"http://127.0.0.1:{runs.port if runs else _port(found)}",
     )
-    return Adoption(checkout, tuple(remarks))
+    return Adoption(checkout, tuple(remarks), environment)
 
 
 def _parts(given: Path) -> tuple[Path, Path | None]:
@@ -175,7 +186,7 @@ def _python(found: ComfyUI, base: Path | None, running: find.Running | None) -> 
     homes = [base / ".venv"] if base else []
     own = next((path for each in homes for part in INTERPRETERS if (path := each / part).exists()), None)
     own = own or (Path(found.python) if found.python else None)
-    python = own or (running.python if running else None)
+    python = own or (running.python if running else None) or _named_before(found) or _cut_off(Path(found.path))
     if python is None:
         raise KleinctlError(
             Problem(
@@ -189,21 +200,33 @@ def _python(found: ComfyUI, base: Path | None, running: find.Running | None) -> 
     return python
 
 
-def _environment(root: Path, python: Path) -> Environment:
-    """What that Python has; it is started once, to see that it does."""
-    from kleinctl.environment import inspect
+def _named_before(found: ComfyUI) -> Path | None:
+    """The interpreter that it is used with already."""
+    used = record.known()
+    return used.python if used and used.path == Path(found.path) and used.python.exists() else None
 
+
+def _cut_off(program: Path) -> Path | None:
+    """The interpreter of an environment whose Python was taken away: a link to nothing."""
+    links = (program / home / part for home in ("venv", ".venv") for part in INTERPRETERS)
+    return next((path for path in links if path.is_symlink()), None)
+
+
+def _environment(root: Path, python: Path) -> Environment:
+    """What that Python has, where it starts: it alone knows all the folders that it imports from."""
     try:
         done = subprocess.run(
-            [python, "-I", "-c", "import json, sys; print(json.dumps(list(sys.version_info[:3])))"],
+            [python, "-I", "-B", "-c", "import json, sys; print(json.dumps(sys.path))"],
             capture_output=True, stdin=subprocess.DEVNULL, timeout=PYTHON_SECONDS,
         )  # fmt: skip
         said = done.stderr.decode("utf-8", "replace").strip()[-300:]
-        if done.returncode == 0 and len(json.loads(done.stdout)) == 3:
-            return inspect(python, root.name)
+        if done.returncode == 0:
+            return packages.environment(python, root.name, [str(each) for each in json.loads(done.stdout)])
     except subprocess.TimeoutExpired:
         said = f"nothing in {PYTHON_SECONDS} s"
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:
+        said = error.strerror or str(error)[:300]
+    except (ValueError, TypeError) as error:
         said = str(error)[:300]
     raise KleinctlError(
         Problem(
@@ -255,7 +278,10 @@ def _remarks(found: ComfyUI, environment: Environment) -> Iterator[str]:
     except KleinctlError as error:
         yield f"its git state is not known: {error.problem.why}"
     if changed:
-        yield f"{len(changed)} of its files were changed, such as {changed[0]}; they stay as they are"
+        count = (
+            f"{len(changed)} of its files, {changed[0]} among them, were" if changed[1:] else f"its {changed[0]} was"
+        )
+        yield f"{count} changed, and {'stay as they are' if changed[1:] else 'stays as it is'}"
     if address and not any(git.same(address, each) for each in REPOSITORIES):
         yield f"it is a fork: {git.without_user(address)}"
     nodes = [each.name for each in found.custom_nodes if not each.disabled]
@@ -293,6 +319,12 @@ def _check_writable(base: Path) -> None:
 
 
 # The facts that doctor judges
+
+
+def shown_by(checkout: Checkout) -> Path:
+    """The folder that leads to all of it: its own, whose script names its base; or its base, as of the Desktop app."""
+    own = facts.read(checkout.path)
+    return checkout.path if checkout.base is None or (own and own.argument("--base-directory")) else checkout.base
 
 
 def facts_of(checkout: Checkout) -> ComfyUI | None:

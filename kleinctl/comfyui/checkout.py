@@ -24,6 +24,10 @@ Say = Callable[[str], None]
 COMMIT = re.compile(r"[0-9a-f]{40}")
 #: What is never a file of the user's: byte code that Python leaves behind.
 BYTE_CODE = re.compile(r"(?:^|/)__pycache__/|\.pyc$")
+#: How the address of a server begins: `https://`, or `git@host:`; one letter is a disk of Windows.
+SERVER = re.compile(r"[\w+.-]+://|[\w.@-]{2,}:")
+#: What git says in the same words each time, around what it means.
+NOISE = re.compile(r"^Fatal: | fatal: Could not read from remote repository\. Please make sure .*")
 #: Folders that `--base-directory` leads to: files in them move there, all others stay beside main.py.
 DATA = ("models", "input", "output", "custom_nodes", "user")
 
@@ -59,8 +63,12 @@ def wanted(ref: str | None = None, address: str | None = None) -> Wanted:
     """Which commit is meant: of a release that is known, or what the repository calls `ref`.
 
     Raises:
-        KleinctlError: the repository does not answer, or has no such thing.
+        KleinctlError: git is missing, or the repository does not answer, or has no such thing.
     """
+    if shutil.which("git") is None:
+        fix = "winget install --id Git.Git" if os.name == "nt" else "sudo apt install git"
+        why = "ComfyUI comes out of git; wanted is the program git, and there is none in the folders of PATH."
+        raise _problem("git is not installed", why, f"{fix}   # or from https://git-scm.com/downloads", "git-failed")
     ref, address = ref or releases()["release"], _whole(address or releases()["address"])
     pin = releases()["commits"].get(ref if ref.startswith("v") else f"v{ref}")
     if pin:
@@ -71,9 +79,23 @@ def wanted(ref: str | None = None, address: str | None = None) -> Wanted:
 
 
 def _whole(address: str) -> str:
-    """An address; of a repository on this machine its whole path."""
+    """An address; of a repository on this machine its whole path, where there is one."""
     path = Path(address).expanduser()
-    return str(path.absolute()) if path.is_dir() else address
+    if SERVER.match(address):
+        return address
+    repository = path.is_file() or any((path / name).exists() for name in (".git", "HEAD"))  # a file may be a bundle
+    if not repository:
+        found = "it has no .git" if path.is_dir() else "there is no such folder"
+        raise _cannot_be_had(str(path.absolute()), f"Wanted is a URL, or the folder of a git repository; {found}.")
+    return str(path.absolute())
+
+
+def _cannot_be_had(address: str, why: str) -> KleinctlError:
+    from kleinctl.fixes import git
+
+    shown = git.without_user(address)
+    fix = f'git ls-remote "{shown}"   # shows whether it answers; --comfyui-url names another'
+    return _problem(f"ComfyUI cannot be had from {shown}", why, fix, "git-failed")
 
 
 def _asked(address: str, ref: str, of: str = "commit") -> str:
@@ -89,9 +111,15 @@ def _asked(address: str, ref: str, of: str = "commit") -> str:
             return there[name] if of == "commit" else name.removesuffix("^{}")
     names = [re.sub(r"^refs/\w+/", "", name) for name in there if not name.endswith("^{}")]
     few = f": {', '.join(names)}" if 0 < len(names) <= 5 else ""
-    raise _problem(
+    raise _unknown(address, ref, f"it has {len(names)} of these{few}.{did_you_mean(ref, names)}")
+
+
+def _unknown(address: str, ref: str, found: str) -> KleinctlError:
+    from kleinctl.fixes import git
+
+    return _problem(
         f"there is no {ref[:60]!r} in {git.without_user(address)}",
-        f"Wanted is a tag, a branch or a whole commit; it has {len(names)} of these{few}.{did_you_mean(ref, names)}",
+        f"Wanted is a tag, a branch or a whole commit; {found}",
         f"kleinctl install --backend comfy --comfyui-ref {releases()['release']}",
         "comfyui-ref-unknown",
     )
@@ -101,7 +129,7 @@ def _reachable(address: str) -> None:
     """Raise where the network is switched off; a repository on this machine needs none."""
     from kleinctl.hub import offline_problem
 
-    if offline() and not Path(address).is_dir():
+    if offline() and not Path(address).exists():
         raise KleinctlError(offline_problem(()))
 
 
@@ -149,8 +177,6 @@ def bring(asked: Wanted, say: Say = lambda text: None) -> Path:
     Raises:
         KleinctlError: it cannot be had, is no ComfyUI that knows klein, or the disk does not take it.
     """
-    from kleinctl.comfyui import adopt
-
     here = present(asked.commit)
     if here is not None:
         return here
@@ -159,8 +185,7 @@ def bring(asked: Wanted, say: Say = lambda text: None) -> Path:
     beside = store.make_folder(record.folder()) / f".new-{os.getpid()}"
     try:
         _check_out(asked, beside, say)
-        found = adopt.program(beside)
-        target = record.folder() / f"ComfyUI-{found.version}-{asked.commit[:8]}"
+        target = record.folder() / f"ComfyUI-{_version(beside, asked)}-{asked.commit[:8]}"
         with store.writing(target):
             if target.exists():  # it has become another commit, or broken; what the user put there is looked after
                 target.rename(target.with_name(f"{target.name}-until-{os.getpid()}"))
@@ -173,7 +198,22 @@ def bring(asked: Wanted, say: Say = lambda text: None) -> Path:
         raise KleinctlError(store.disk_problem(full, record.folder() / "ComfyUI")) from None
     finally:
         remove(beside)
+        with contextlib.suppress(OSError):  # where nothing came of it, nothing is left
+            record.folder().rmdir()
     return target
+
+
+def _version(program: Path, asked: Wanted) -> str | None:
+    """Which ComfyUI came. A problem of it is told as the repository's: the folder is taken away at once."""
+    from kleinctl.comfyui import adopt
+
+    try:
+        return adopt.program(program).version
+    except KleinctlError as error:
+        is_it = "too old for klein" if error.problem.name == "comfyui-too-old" else "no ComfyUI"
+        what = f"{asked.ref} of {asked.shown} is {is_it}"
+        fix = f"kleinctl install --backend comfy --comfyui-ref {releases()['release']}"
+        raise KleinctlError(replace(error.problem, what=what, fix=fix, path=None, evidence=(), remedy=None)) from None
 
 
 def _check_out(asked: Wanted, beside: Path, say: Say) -> None:
@@ -185,6 +225,8 @@ def _check_out(asked: Wanted, beside: Path, say: Say) -> None:
     try:
         _fetch(beside, asked.address, asked.commit)
     except KleinctlError as error:  # an old server gives out what has a name, and nothing else
+        if COMMIT.fullmatch(asked.ref) and "not our ref" in str(error):
+            raise _unknown(asked.address, asked.ref, "it has no such commit.") from None
         if COMMIT.fullmatch(asked.ref) or not re.search(r"not our ref|not allow request|unadvertised", str(error)):
             raise
         _fetch(beside, asked.address, _asked(asked.address, asked.ref, of="name"))
@@ -211,17 +253,11 @@ def _fetch(folder: Path, address: str, ref: str) -> None:
 @contextlib.contextmanager
 def _asking(address: str) -> Iterator[None]:
     """What git says of a repository, as a problem of that one: the folder that it was to come to is gone by then."""
-    from kleinctl.fixes import git
-
     try:
         yield
     except KleinctlError as error:
-        if shutil.which("git") is None:
-            raise
-        shown = git.without_user(address)
-        fix = f'git ls-remote "{shown}"   # shows whether it answers; --comfyui-url names another'
-        problem = replace(error.problem, what=f"ComfyUI cannot be had from {shown}", fix=fix, path=None)
-        raise KleinctlError(problem) from None
+        said = NOISE.sub("", error.problem.why)
+        raise _cannot_be_had(address, f"git says: {said.strip()}") from None
 
 
 # Taking it away
@@ -239,9 +275,10 @@ def tidy(keep: Path | None) -> list[Path]:
     from kleinctl.fixes import git
 
     moved: list[Path] = []
-    busy = {each.path for each in find.running()}
+    running = find.running()
     for old in programs():
-        if old != keep and old not in busy and git.head(old):  # where git is broken, none can tell what is whose
+        busy = any(each.of(old) for each in running)
+        if old != keep and not busy and git.head(old):  # where git is broken, none can tell what is whose
             for name in own_files(old):
                 to_data = keep is None or name.split("/")[0] in DATA
                 target = (record.data_folder() if to_data else keep or old) / name

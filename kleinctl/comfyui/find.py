@@ -42,11 +42,20 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Running:
-    """A ComfyUI that runs: the folder of its main.py, the Python that runs it, and where it answers, if it does."""
+    """A ComfyUI that runs: the folder of its main.py, the Python that runs it, and where it answers, if it does.
+
+    The folder is named as the system has it, past links. `ours` is whether kleinctl started it, on a port for that
+    time alone.
+    """
 
     path: Path
     python: Path | None
     port: int
+    ours: bool = False
+
+    def of(self, program: Path) -> bool:
+        """Whether it runs from this folder."""
+        return os.path.realpath(self.path) == os.path.realpath(program)
 
 
 def candidates() -> list[Candidate]:
@@ -106,7 +115,8 @@ def inside(folder: Path) -> list[Path]:
 
 def _places() -> Iterator[Candidate]:
     for each in running():
-        yield Candidate(each.path, f"running, port {each.port}")
+        if not each.ours:
+            yield Candidate(each.path, f"running, port {each.port}")
     base = _desktop_base()
     if base is not None:
         yield Candidate(base, "the Desktop app's")
@@ -128,7 +138,8 @@ def _roots() -> Iterator[Path]:
     else:
         homes += [Path("/opt"), Path("/workspace")]
     for parent in homes:
-        yield from (path for name in NAMES if (path := parent / name).is_dir())
+        with contextlib.suppress(OSError):  # one that this user may not look into
+            yield from [path for name in NAMES if (path := parent / name).is_dir()]
 
 
 def _ours(path: Path) -> bool:
@@ -188,8 +199,9 @@ def _running(process: object, words: Sequence[str]) -> Iterator[Running]:
     script = next(word for word in words[1:4] if word.endswith("main.py"))
     program = Path(os.path.normpath(start / script)).parent
     if facts._is_program(program):
-        port = facts.argument(tuple(words), "--port") or ""
-        yield Running(program, _interpreter(process, start, words[0]), int(port) if port.isdigit() else PORT)
+        port, user = (facts.argument(tuple(words), flag) or "" for flag in ("--port", "--user-directory"))
+        ours = Path(user).is_relative_to(record.run_folder())
+        yield Running(program, _interpreter(process, start, words[0]), int(port) if port.isdigit() else PORT, ours)
 
 
 def _interpreter(process: object, start: Path, word: str) -> Path | None:

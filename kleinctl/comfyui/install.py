@@ -251,11 +251,15 @@ def use(adoption: adopt.Adoption) -> Checkout:
 
 @dataclass(frozen=True)
 class Removed:
-    """What an uninstall took away: folders of programs, and environments; `left` is what the user or ComfyUI made."""
+    """What an uninstall took away: folders of programs, and environments; `left` is what the user or ComfyUI made.
+
+    `changed` are programs that stay as well: files of them were changed, or git does not know them.
+    """
 
     programs: tuple[Path, ...]
     environments: tuple[str, ...]
     left: tuple[Path, ...]
+    changed: tuple[Path, ...]
     freed_bytes: int
 
 
@@ -268,7 +272,7 @@ def uninstall(say: Say = lambda text: None) -> Removed:
     with store.locked(say):
         before = checkout.programs()
         _check_idle(before)
-        size = sum(_size(path) for path in before)
+        sizes = {path: _size(path) for path in before}
         record.forget()
         checkout.tidy(None)
         record.list_file().unlink(missing_ok=True)
@@ -282,7 +286,8 @@ def uninstall(say: Say = lambda text: None) -> Removed:
         kept = tuple(sorted(path for data in own for path in data.rglob("*") if path.is_file() or path.is_symlink()))
         _remove_empty(record.folder())
         programs = tuple(path for path in before if not path.exists())
-        return Removed(programs, gone, (*kept, *(path for path in before if path.exists())), size)
+        changed = tuple(path for path in before if path.exists())
+        return Removed(programs, gone, kept, changed, sum(sizes[path] for path in programs))
 
 
 def _remove_run() -> None:
@@ -317,7 +322,7 @@ def _check_idle(programs: Sequence[Path]) -> None:
                 )
             ) from None
     for each in find.running():
-        if each.path in programs:
+        if any(each.of(program) for program in programs):
             raise KleinctlError(
                 Problem(
                     f"the ComfyUI in {each.path} is running",

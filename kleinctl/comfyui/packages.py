@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from kleinctl import environment as environments
 from kleinctl.comfyui.checkout import releases
 from kleinctl.environment import Environment, EnvironmentPlan
+from kleinctl.facts import comfyui as facts
 from kleinctl.problem import KleinctlError, Problem
 
 if TYPE_CHECKING:
@@ -77,6 +78,13 @@ def _unreadable(file: Path, found: str) -> KleinctlError:
     )
 
 
+def environment(python: Path, name: str, folders: Sequence[str]) -> Environment:
+    """What a Python has that imports from `folders`; a package without a version in an installer's words has none."""
+    found = facts.environment(python, name, folders)
+    bare = (path.parent.name for folder in folders for path in Path(folder).glob("*/__init__.py"))
+    return replace(found, packages={**dict.fromkeys(map(environments._asked_for, bare), ""), **found.packages})
+
+
 def lacking(program: Path, environment: Environment) -> list[Lack]:
     """Which of its requirements an environment does not meet. Another version than it pins is none to fail by."""
     from packaging.requirements import Requirement
@@ -85,7 +93,7 @@ def lacking(program: Path, environment: Environment) -> list[Lack]:
     for text, needed in requirements(program):
         wanted = Requirement(text)
         version = environment.packages.get(environments._asked_for(wanted.name))
-        if environments._unmet(text, environment.packages) is not None:
+        if version != "" and environments._unmet(text, environment.packages) is not None:
             pinned = version is not None and all(each.operator == "==" for each in wanted.specifier)
             has = f"{wanted.name} {version}" if version else f"no {wanted.name}"
             found.append(Lack(wanted.name, f"{wanted.name}{wanted.specifier}", has, needed and not pinned))

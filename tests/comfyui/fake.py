@@ -52,7 +52,8 @@ def environment(folder: Path, packages: dict[str, str], python: Path | None = No
     interpreter.parent.mkdir(parents=True, exist_ok=True)
     interpreter.symlink_to(python or sys.executable)
     (folder / "pyvenv.cfg").write_text(f"home = {Path(sys.executable).parent}\nversion = 3.12.3\n")
-    site = folder / ("Lib/site-packages" if os.name == "nt" else "lib/python3.12/site-packages")
+    own = "lib/python{}.{}/site-packages".format(*sys.version_info)
+    site = folder / ("Lib/site-packages" if os.name == "nt" else own)
     for name, version in packages.items():
         (site / f"{name}-{version}.dist-info").mkdir(parents=True)
     return interpreter

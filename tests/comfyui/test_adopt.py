@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from kleinctl import comfyui
 from kleinctl.comfyui import adopt, find, install, record
 from kleinctl.environment import PYTHON
+from kleinctl.facts import comfyui as facts
 from kleinctl.problem import KleinctlError, Misuse, Problem
 from tests.comfyui import fake
 from tests.test_environment import machine
@@ -69,7 +69,7 @@ def test_a_comfyui_that_was_changed_and_is_a_fork_is_used_and_told_of(theirs):
     (theirs / "main.py").write_text("# mine\n")
     fake.git(theirs, "remote", "set-url", "origin", "https://me:secret@github.com/me/ComfyUI")
     remarks = adopt.examine(theirs).remarks
-    assert "1 of its files were changed, such as main.py; they stay as they are" in remarks
+    assert "its main.py was changed, and stays as it is" in remarks
     assert "it is a fork: https://github.com/me/ComfyUI" in remarks
 
 
@@ -77,7 +77,7 @@ def test_a_comfyui_that_was_changed_and_has_no_origin(theirs):
     (theirs / "main.py").write_text("# mine\n")
     fake.git(theirs, "remote", "remove", "origin")
     remarks = adopt.examine(theirs).remarks
-    assert "1 of its files were changed, such as main.py; they stay as they are" in remarks
+    assert "its main.py was changed, and stays as it is" in remarks
     assert not [each for each in remarks if "git state" in each]
 
 
@@ -119,16 +119,20 @@ def test_the_portable_with_its_start_script(tmp_path):
     fake.commit(root / "ComfyUI", "0.29.0")
     line = (
         ".\\python_embeded\\python.exe -s ComfyUI\\main.py --windows-standalone-build --output-directory out --lowvram"
+        " --disable-all-custom-nodes --whitelist-custom-nodes one two"
     )
     (root / "run_nvidia_gpu.bat").write_text(f"{line}\n")
     embedded = root / "python_embeded" / "python.exe"
     embedded.parent.mkdir()
-    embedded.symlink_to(sys.executable)
+    site = embedded.parent / "Lib" / "site-packages"
+    embedded.write_text(f"#!/bin/sh\necho '{json.dumps([str(site)])}'\n")
+    embedded.chmod(0o755)
     for name, version in PACKAGES.items():
-        (embedded.parent / "Lib" / "site-packages" / f"{name}-{version}.dist-info").mkdir(parents=True)
+        (site / f"{name}-{version}.dist-info").mkdir(parents=True)
     used = adopt.examine(root).checkout
     assert (used.path, used.python) == (root / "ComfyUI", embedded)
-    assert used.arguments == ("--output-directory", str(root / "out"))
+    nodes = ("--disable-all-custom-nodes", "--whitelist-custom-nodes", "one", "two")
+    assert used.arguments == ("--output-directory", str(root / "out"), *nodes)
 
 
 def test_the_desktop_app_keeps_program_and_models_apart(tmp_path, monkeypatch):
@@ -142,6 +146,7 @@ def test_the_desktop_app_keeps_program_and_models_apart(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCALAPPDATA", str(local))
     used = adopt.examine(base).checkout
     assert (used.path, used.base, used.python) == (program, base, base / ".venv" / PYTHON)
+    assert adopt.shown_by(used) == base
 
 
 def test_a_base_directory_named_in_the_start_script(theirs, tmp_path):
@@ -149,6 +154,7 @@ def test_a_base_directory_named_in_the_start_script(theirs, tmp_path):
     (tmp_path / "data").mkdir()
     used = adopt.examine(theirs).checkout
     assert used.base == tmp_path / "data" and used.arguments == ("--cuda-malloc",)
+    assert adopt.shown_by(used) == theirs
     assert used.url == "http://127.0.0.1:9000"
 
 
@@ -199,6 +205,20 @@ def test_a_folder_that_the_system_keeps_closed(theirs, monkeypatch):
     assert problem_of(lambda: adopt.examine(theirs)).name == "comfyui-unreadable"
 
 
+def test_a_folder_in_one_that_the_system_keeps_closed(theirs, monkeypatch):
+    look = Path.stat
+
+    def closed(path, **more):
+        if path.is_relative_to(theirs):
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path, **more)
+
+    monkeypatch.setattr(Path, "stat", closed)
+    monkeypatch.setattr(Path, "home", lambda: theirs)
+    assert problem_of(lambda: adopt.examine(theirs)).name == "comfyui-unreadable"
+    assert [each for each in find.candidates() if each.path.is_relative_to(theirs)] == []
+
+
 def test_a_base_that_cannot_be_written(theirs, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
     problem = problem_of(lambda: adopt.examine(theirs))
@@ -212,7 +232,10 @@ def test_a_comfyui_run_by_conda_wants_its_python_named(theirs, tmp_path, monkeyp
     conda = fake.environment(tmp_path / "envs" / "comfy", PACKAGES)
     assert adopt.examine(theirs, conda).checkout.python == conda
     monkeypatch.chdir(tmp_path)
-    assert adopt.examine(Path("ComfyUI"), Path("envs/comfy") / PYTHON).checkout.python == conda
+    found = adopt.examine(Path("ComfyUI"), Path("envs/comfy") / PYTHON)
+    assert found.checkout.python == conda
+    install.use(found)
+    assert adopt.examine(theirs).checkout == found.checkout  # once it is known, it need not be named again
 
 
 def test_a_python_that_does_not_start(theirs):
@@ -222,6 +245,56 @@ def test_a_python_that_does_not_start(theirs):
     python.chmod(0o755)
     problem = problem_of(lambda: adopt.examine(theirs))
     assert problem.name == "comfyui-python-broken" and "libpython3.12.so: cannot open" in problem.why
+
+
+def test_an_environment_whose_python_was_removed(theirs):
+    python = theirs / "venv" / PYTHON
+    python.unlink()
+    python.symlink_to(theirs.parent / "python3.10")
+    problem = problem_of(lambda: adopt.examine(theirs))
+    assert problem.name == "comfyui-python-broken" and problem.path == str(python)
+    assert problem.why == f"{python} has to run; it says: No such file or directory"
+
+
+def test_packages_of_an_environment_that_shares_those_of_another(theirs, tmp_path):
+    """As images of rented machines have it: torch lies in the system's Python, and a `.pth` or setting leads to it."""
+    site = next(theirs.rglob("addon-1.5.dist-info")).parent
+    elsewhere = tmp_path / "system"
+    elsewhere.mkdir()
+    for info in [*site.glob("torch*"), *site.glob("addon*")]:
+        info.rename(elsewhere / info.name.replace("2.13.0+cpu", "2.13.0+cu126"))
+    (site / "system.pth").write_text(f"{elsewhere}\n")
+    adoption = adopt.examine(theirs)
+    assert adoption.environment.torch_cuda == "12.6" and not any("no CUDA" in each for each in adoption.remarks)
+    (judged,) = facts.environments(adopt.facts_of(adoption.checkout))  # by doctor, which starts nothing
+    assert (judged.packages["addon"], judged.torch_cuda) == ("1.5", "12.6")
+
+    next(elsewhere.glob("addon*")).rename(elsewhere / "gone")
+    assert problem_of(lambda: adopt.examine(theirs)).what == "ComfyUI lacks addon"
+    (elsewhere / "addon").mkdir()
+    (elsewhere / "addon" / "__init__.py").touch()  # put there by hand: nothing says of which version
+    adopt.examine(theirs)
+
+
+def test_doctor_knows_the_packages_that_an_environment_shares_with_the_system(theirs, tmp_path):
+    system = tmp_path / "usr"
+    for place, name in (("local/lib/python3.12/dist-packages", "torch"), ("lib/python3/dist-packages", "addon")):
+        (system / place / f"{name}-1.5.dist-info").mkdir(parents=True)
+    (system / "bin").mkdir()
+    (system / "bin" / "python3").touch()
+    shutil.rmtree(next(theirs.rglob("torch-*.dist-info")))
+    settings = theirs / "venv" / "pyvenv.cfg"
+    for shares, found in (("true", True), ("false", False)):
+        settings.write_text(f"home = {system / 'bin'}\nversion = 3.12.3\ninclude-system-site-packages = {shares}\n")
+        (judged,) = facts.environments(facts.read(theirs))
+        assert ("torch" in judged.packages) == found
+        assert judged.packages["torchvision"] == PACKAGES["torchvision"]
+
+
+def test_packages_that_another_version_of_python_left_in_an_environment(theirs):
+    site = next(theirs.rglob("addon-1.5.dist-info")).parent
+    site.parent.rename(site.parents[1] / "python3.8")
+    assert problem_of(lambda: adopt.examine(theirs)).what == "ComfyUI lacks torch and 2 more"
 
 
 def test_a_requirement_that_is_missing(theirs):
@@ -314,20 +387,34 @@ def server(theirs: Path) -> Iterator[Path]:
     (theirs / "main.py").write_text("import time\ntime.sleep(60)\n")
     env = {**os.environ, "VIRTUAL_ENV": str(theirs / "venv")}
     python = theirs / "venv" / PYTHON
-    child = subprocess.Popen([python, "main.py", "--port", "9123"], cwd=theirs, env=env)
+    own = ["--port", "41663", "--user-directory", record.run_folder() / "user"]
+    started = [["--port", "9123"], ["--port", "9124"], own]
+    children = [subprocess.Popen([python, "main.py", *words], cwd=theirs, env=env) for words in started]
     yield theirs
-    child.kill()
-    child.wait()
+    for child in children:
+        child.kill()
+        child.wait()
 
 
-def test_one_that_runs_is_found_with_its_python_and_port(server):
-    end = time.monotonic() + 10
-    while time.monotonic() < end:
+def test_one_that_runs_is_found_with_its_python_and_port(server, monkeypatch):
+    end, found = time.monotonic() + 10, []
+    while time.monotonic() < end and len(found) < 3:
+        time.sleep(0.05)
         found = [each for each in RUNNING() if each.path == server]
-        if found:
-            break
-        time.sleep(0.1)
-    assert [(each.python, each.port) for each in found] == [(server / "venv" / PYTHON, 9123)]
+    assert {(each.python, each.port, each.ours) for each in found} == {
+        (server / "venv" / PYTHON, port, port == 41663) for port in (9123, 9124, 41663)
+    }
+    for order in (found, found[::-1]):  # where kleinctl's own answers for a while is nothing to remember
+        monkeypatch.setattr(find, "running", lambda order=order: order)
+        theirs = [each.port for each in order if not each.ours]
+        adoption = adopt.examine(server)
+        assert adoption.checkout.url == f"http://127.0.0.1:{theirs[0]}"
+        assert f"it runs at ports {theirs[0]}, {theirs[1]}; the first of these is used" in adoption.remarks
+    (server.parent / "link").symlink_to(server)
+    assert adopt.examine(server.parent / "link").checkout.url == f"http://127.0.0.1:{theirs[0]}"
+    monkeypatch.setattr(find, "running", lambda: [each for each in found if each.ours])
+    assert adopt.examine(server).checkout.url == f"http://127.0.0.1:{find.PORT}"
+    assert server not in [each.path for each in find.candidates()]
 
 
 def test_one_that_runs_is_not_taken_away(repository, no_pip, monkeypatch):
@@ -336,7 +423,11 @@ def test_one_that_runs_is_not_taken_away(repository, no_pip, monkeypatch):
     assert problem_of(lambda: adopt.examine(used.path)).name == "usage"  # it is kleinctl's own, and stays so
     (used.path.parent.parent / "link").symlink_to(used.path)
     assert problem_of(lambda: adopt.examine(used.path.parent.parent / "link")).name == "usage"
-    monkeypatch.setattr(find, "running", lambda: [find.Running(used.path, used.python, 8190)])
+    (used.path.parents[2] / "linked").symlink_to(used.path.parents[1])
+    place = (
+        used.path.parents[2] / "linked" / used.path.relative_to(used.path.parents[1])
+    )  # the system names one of these
+    monkeypatch.setattr(find, "running", lambda: [find.Running(place, used.python, 8190)])
     problem = problem_of(install.uninstall)
     assert problem.name == "comfyui-running" and "port 8190" in problem.why
     assert comfyui.known() == used and used.path.is_dir() and used.python.exists()

@@ -208,7 +208,10 @@ def test_what_would_fail_in_an_adopted_comfyui_is_said(tmp_path):
     fake.commit(theirs, "0.29.0")
     fake.environment(theirs / "venv", PACKAGES)
     (theirs / "extra_model_paths.yaml").write_text("mine:\n  vae: /gone/vae\n")
+    (theirs / "run.sh").write_text("python main.py --base-directory ../data\n")
+    (tmp_path / "data").mkdir()
     code, said = install("--comfyui", str(theirs), "--yes", "--dry-run")
+    assert f"its models, settings and custom nodes lie in {tmp_path / 'data'}\n" in said
     assert code == 0 and "extra-paths-wrong" in said and "/gone/vae" in said
     assert comfyui.known() is None
 
@@ -259,6 +262,16 @@ def test_all_of_it_goes_away_again():
     picture.unlink()
     assert uninstall("--all", "--yes")[0] == 0
     assert not record.folder().exists() and there() == set()
+
+
+def test_what_uninstall_says_of_a_comfyui_that_was_changed():
+    install("--yes")
+    (comfyui.known().path / "main.py").write_text("# mine\n")
+    said = uninstall("--comfyui", "--yes")[1]
+    assert "0 files, 1 environment taken away, 0 B of files freed" in said
+    assert "left, for files of it were changed: " in said and "did not put it there" not in said
+    fake.git(next(record.folder().glob("ComfyUI-*")), "checkout", "--", ".")
+    assert "3 files, 1 ComfyUI taken away" in uninstall("--all", "--yes")[1]
 
 
 def test_the_json_documents_tell_of_comfyui_and_match_their_schemas():

@@ -277,6 +277,12 @@ def test_a_ref_that_is_not_there_is_met_with_the_nearest(repository):
     assert "it has 3 of these: " in problem.why and "v0.28.0" in problem.why
 
 
+def test_a_commit_that_is_not_there(repository, no_pip):
+    problem = problem_of(lambda: have("a" * 40))
+    assert (problem.name, problem.what) == ("comfyui-ref-unknown", f"there is no {'a' * 40!r} in {repository}")
+    assert problem.why.endswith("it has no such commit.") and not record.folder().exists()
+
+
 def test_a_repository_without_the_release_is_told_apart_from_one_that_is_damaged(repository, no_pip, tmp_path):
     other = tmp_path / "other"
     fake.commit(other, "0.31.0", tag="v0.31.0")
@@ -303,7 +309,9 @@ def test_a_tag_that_was_moved_to_another_commit_is_refused(repository, no_pip, t
 
 def test_a_comfyui_from_before_klein_is_refused_after_it_came(repository, no_pip):
     fake.commit(repository, "0.9.1", tag="v0.9.1")
-    assert problem_of(lambda: have("v0.9.1")).name == "comfyui-too-old"
+    problem = problem_of(lambda: have("v0.9.1"))
+    assert (problem.name, problem.what) == ("comfyui-too-old", f"v0.9.1 of {repository} is too old for klein")
+    assert problem.fix == "kleinctl install --backend comfy --comfyui-ref v0.29.0"
     assert in_home() == [] and comfyui.known() is None
 
 
@@ -316,12 +324,13 @@ def test_another_repository_is_refused(repository, no_pip, tmp_path):
     fake.git(other, "commit", "--quiet", "--message", "hello")
     problem = problem_of(lambda: have("main", other))
     assert problem.name == "not-comfyui" and "it has .git, README.md" in problem.why
+    assert problem.what == f"main of {other} is no ComfyUI" and problem.path is None
 
 
 def test_without_git(repository, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     problem = problem_of(lambda: have())
-    assert problem.name == "git-failed" and "Git is not installed" in problem.why
+    assert (problem.name, problem.what) == ("git-failed", "git is not installed")
 
 
 @pytest.mark.parametrize("address", ["ext::sh -c touch% {}/ran", "--upload-pack=touch {}/ran"])
@@ -489,7 +498,8 @@ def test_folders_that_git_needs_stay_in_custom_nodes_and_in_what_was_changed(rep
     fake.commit(node, "1")
     fake.git(node, "pack-refs", "--all")  # refs/heads is empty then, and git is lost without it
     (used.path / "main.py").write_text("# mine")
-    install.uninstall()
+    removed = install.uninstall()
+    assert (removed.programs, removed.changed, removed.freed_bytes) == ((), (used.path,), 0)
     assert fake.git(node, "status", "--porcelain") == ""
     assert fake.git(used.path, "status", "--porcelain") == "M main.py"
 
@@ -502,7 +512,7 @@ def test_a_program_whose_git_is_broken_stays_and_stands_in_nobodys_way(repositor
     again = comfyui.known()
     assert again.version == "0.28.0" and used.path.is_dir()
     removed = install.uninstall()
-    assert removed.programs == (again.path,) and used.path in removed.left
+    assert removed.programs == (again.path,) and used.path in removed.changed
 
 
 def test_a_repository_that_does_not_answer_is_named_and_no_folder_that_is_gone(repository, no_pip, tmp_path):
@@ -512,12 +522,23 @@ def test_a_repository_that_does_not_answer_is_named_and_no_folder_that_is_gone(r
         assert problem.fix.startswith(f'git ls-remote "{tmp_path / "nowhere"}"') and problem.path is None
 
 
+def test_a_folder_that_is_no_repository_is_told_before_anything_is_planned(repository, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name, found in (("nowhere", "there is no such folder"), ("empty", "it has no .git")):
+        problem = problem_of(lambda name=name: install.plan(CPU, False, address=str(tmp_path / name)))
+        assert problem.why == f"Wanted is a URL, or the folder of a git repository; {found}."
+    fake.git(tmp_path, "clone", "--quiet", "--bare", str(repository), "bare")
+    fake.git(repository, "bundle", "create", "--quiet", str(tmp_path / "comfyui.bundle"), "master")
+    for address in ("bare", "comfyui.bundle"):
+        install.plan(CPU, False, "master", str(tmp_path / address))
+
+
 def test_a_disk_that_fills_while_git_writes(repository, no_pip, monkeypatch):
     said = "fatal: unable to write loose object file: No space left on device"
     monkeypatch.setattr(checkout, "_fetch", lambda *words: (_ for _ in ()).throw(git._failed(None, said)))
     problem = problem_of(have)
     assert problem.name == "disk-full" and "make room there" in problem.fix
-    assert not list(record.folder().iterdir())
+    assert not record.folder().exists()
 
 
 @pytest.mark.parametrize(("said", "fix"), [("connection refused", "check the network, then: "), ("it ended", "")])

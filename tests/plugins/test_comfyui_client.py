@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import hashlib
 import json
+import re
 import socket
 import threading
 import time
@@ -88,7 +92,7 @@ def test_the_jobs_before_ours_are_counted():
 
 def test_a_queue_that_does_not_move_is_said_to_hang(monkeypatch):
     monkeypatch.setattr(comfyui_client, "HANG_SECONDS", 0.5)
-    with Double(stuck=True) as double:
+    with Double(stuck=True, numbers=True) as double:
         with pytest.raises(KleinctlError) as failure:
             Client(double.url).run(graph(), lambda *event: None)
         assert double.asked("/interrupt") == [{"prompt_id": "job-101"}]
@@ -98,29 +102,60 @@ def test_a_queue_that_does_not_move_is_said_to_hang(monkeypatch):
 
 def test_a_custom_node_that_talks_all_the_time_does_not_hide_that_nothing_moves(monkeypatch):
     monkeypatch.setattr(comfyui_client, "HANG_SECONDS", 0.5)
-    with Double(stuck=True, noisy=True) as double:
+    with Double(stuck=True, noisy=True, numbers=True) as double:
         with pytest.raises(KleinctlError, match="queue hangs"):
             Client(double.url).run(graph(), lambda *event: None)
         assert double.asked("/interrupt") == [{"prompt_id": "job-101"}]
 
 
 def test_a_job_is_not_left_behind_when_the_server_no_longer_says_what_became_of_it():
-    with Double(status={"/history/job-101": 500}, stuck=True) as double:
+    with Double(status={"/history/job-101": 500}, stuck=True, numbers=True) as double:
         with pytest.raises(Refused):
             Client(double.url).run(graph(), lambda *event: None)
         assert double.asked("/interrupt") == [{"prompt_id": "job-101"}]
 
 
 @pytest.mark.parametrize("answer", [{}, [], {"prompt_id": ""}, {"prompt_id": None}])
-def test_without_an_id_nothing_is_interrupted_for_it_would_be_anybodys_job(monkeypatch, answer):
+def test_without_an_id_in_the_answer_nobody_elses_job_is_interrupted(monkeypatch, answer):
     with Double(stuck=True) as double:
         client, ask = Client(double.url), Client.ask
         monkeypatch.setattr(
             Client, "ask", lambda self, path, body=None: answer if path == "/prompt" else ask(self, path, body)
         )
+        ids = []
         with pytest.raises(KleinctlError, match="does not answer"):
-            client.run(graph(), lambda *event: None)
-        assert not double.asked("/interrupt")
+            client.run(graph(), lambda *event: None, ids.append)
+        assert double.asked("/interrupt") == [{"prompt_id": ids[0]}], "without one it would end anybody's"
+
+
+def test_a_job_has_its_id_before_it_is_sent_for_whoever_takes_it_back():
+    """Between sending and the answer the worker may be killed."""
+    with Double() as double:
+        ids = []
+        Client(double.url).run(graph(), lambda *event: None, lambda id: ids.append((id, len(double.asked("/prompt")))))
+        assert ids == [(double.asked("/prompt")[0]["prompt_id"], 0)]
+
+
+def test_an_older_server_gives_ids_of_its_own():
+    with Double(numbers=True) as double:
+        ids = []
+        Client(double.url).run(graph(), lambda *event: None, ids.append)
+    assert ids[1:] == ["job-101"]
+
+
+def test_a_server_that_was_started_anew_has_forgotten_our_job():
+    with Double() as double:
+        client = Client(double.url)
+        assert not client.forgot()
+        client.run(graph(), lambda *event: None)
+        assert not client.forgot()
+        double.history.clear()
+        assert client.forgot()
+
+
+def test_names_that_are_no_text_are_asked_for_all_the_same():
+    with Double() as double, pytest.raises(Refused):
+        Client(double.url).picture(comfyui_client.File("\ud800.png"))
 
 
 def test_the_picture_that_was_saved_comes_before_previews():
@@ -173,7 +208,7 @@ def waited(monkeypatch, seconds=1.0, **options):
         if time.monotonic() > end:
             raise KeyboardInterrupt
 
-    with Double(**options) as double:
+    with Double(numbers=True, **options) as double:
         client = Client(double.url)
         with pytest.raises((KeyboardInterrupt, KleinctlError)) as failure:
             client.run(graph(), tell)
@@ -250,6 +285,29 @@ def test_an_answer_without_end_is_not_read_to_its_end(monkeypatch):
     monkeypatch.setattr(comfyui_client, "MAX_JSON", 200)
     with Double() as double, pytest.raises(KleinctlError, match="more than 200 bytes"):
         Client(double.url).ask("/system_stats")
+
+
+@pytest.mark.parametrize("piece", [b"\0" * 65536, b"\x89\0" * 9], ids=["a message without end", "pings alone"])
+def test_a_websocket_that_never_lets_go_is_left(monkeypatch, piece):
+    monkeypatch.setattr(comfyui_client, "MAX_JSON", 2**20)
+    monkeypatch.setattr(comfyui_client, "ANSWER_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def flood():
+            asked, _ = listening.accept()
+            key = re.search(rb"Sec-WebSocket-Key: (\S+)", asked.recv(4096))[1] + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+            accept = base64.b64encode(hashlib.sha1(key).digest())
+            upgrade = b"HTTP/1.1 101 Go\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: "
+            with contextlib.suppress(OSError):
+                asked.sendall(upgrade + accept + b"\r\n\r\n" + (b"\x81\x7f" + b"\1" * 8 if piece[0] == 0 else b""))
+                while True:
+                    asked.sendall(piece)
+            asked.close()
+
+        threading.Thread(target=flood, daemon=True).start()
+        events = comfyui_client._Events(f"ws://127.0.0.1:{listening.getsockname()[1]}/ws")
+        assert events.open
+        assert (events.next(0.2), events.open) == (None, False)
 
 
 def test_a_refusal_keeps_its_status_and_its_text():

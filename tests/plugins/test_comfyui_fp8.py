@@ -81,6 +81,14 @@ def test_a_job_is_written_as_a_workflow_and_its_path_is_the_answer(kleinctl, tmp
     assert not (tmp_path / "b.json").exists()
 
 
+@pytest.mark.parametrize("typed", [("--steps", "8"), ("--guidance", "2")], ids=lambda typed: typed[0])
+def test_what_a_workflow_keeps_is_not_taken_and_then_left_out(kleinctl, tmp_path, typed):
+    (tmp_path / "a.json").write_text("{}")
+    refused = kleinctl("run", "a cat", "--workflow", "a.json", *typed)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert f"--workflow keeps its own {typed[0][2:]}: leave {typed[0]} out" in refused.stderr
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows hands over text")
 @pytest.mark.parametrize("more", [("--write-workflow", "a.json"), ("--model", "klein-tiny")], ids=lambda more: more[0])
 def test_a_prompt_from_a_terminal_with_another_encoding_is_refused_in_words(kleinctl, more):
@@ -209,7 +217,7 @@ def test_stopping_the_worker_takes_the_job_back(tmp_path, options):
     from kleinctl.worker.protocol import Generate, Load
 
     model = models.installed()
-    with Double(files=FILES, folder=tmp_path, **options) as double:
+    with Double(files=FILES, folder=tmp_path, numbers=True, **options) as double:
         models.use(tmp_path, url=double.url)
         worker = ProcessExecutor().start(Path(sys.executable), "kleinctl_plugins.comfyui_fp8")
         load = Load("kleinctl_plugins.comfyui_fp8", "comfy", model.manifest, model.folder, CPU)
@@ -272,6 +280,8 @@ WRONG = {
         "diffusers-file-in-comfyui",
         "B16",
     ),
+    "FLUX.1": (*transformer(weights.flux1()), "wrong-transformer", "B16"),
+    "FLUX.2 dev": (*transformer(weights.flux2(**weights.FLUX2_DEV)), "wrong-transformer", "B16"),
     "klein 9B": (*transformer(weights.flux2(**weights.KLEIN_9B)), "text-encoder-width", None),
 }
 
@@ -357,6 +367,15 @@ def test_a_server_that_the_user_has_ended_meanwhile_gives_way_to_one_of_ours(tmp
         session.close()
 
 
+def test_no_job_is_sent_that_nobody_would_take_back(open_session):
+    """After a start that failed, or when what watches was killed."""
+    session, _ = open_session()
+    before = session.server
+    before.close()
+    draw(session)
+    assert session.server is not before and session.server.url == before.url
+
+
 def test_a_file_that_was_replaced_makes_our_server_start_again(tmp_path):
     folder = checkout(tmp_path / "ComfyUI", files=FILES)
     models.use(folder)
@@ -378,6 +397,16 @@ def test_a_file_that_was_replaced_under_a_server_that_is_not_ours(open_session):
     draw(session)
     os.utime(place("vae"), (2_000_000_000, 2_000_000_000))
     assert problem_of(session).name == "comfyui-file-replaced"
+
+
+def test_a_server_of_the_users_that_was_started_again_has_read_the_new_file(open_session):
+    session, double = open_session()
+    draw(session)
+    models.transformer(place("transformer"), dtype="F16")
+    os.utime(place("transformer"), (2_000_000_000, 2_000_000_000))
+    assert problem_of(session).fix == "start ComfyUI again, then the same command"
+    double.history.clear()
+    assert draw(session)[0].size == (128, 96)
 
 
 def test_a_file_that_the_running_server_loaded_for_someone_before_it_was_replaced(open_session):
@@ -464,7 +493,7 @@ def test_every_recorded_error_is_explained_with_its_file_and_a_fix(open_session,
     problem = problem_of(session)
     assert problem.name not in ("comfyui-failed", "")
     assert problem.ref or problem.name == "prompt-rejected"
-    assert problem.fix
+    assert "FOLDER" not in problem.fix and "ComfyUI-base" not in problem.fix, "it can be pasted"
     if name.startswith(("te-c", "te-q", "te-t5", "te-m", "te-u")):
         assert problem.path == str(place("text-encoder"))
     if name.startswith("vae-") or name == "edit-flux1vae":
@@ -499,6 +528,37 @@ def test_a_request_that_is_forbidden(open_session):
 def test_a_picture_that_comes_damaged(open_session):
     session, _ = open_session(cut=True)
     assert problem_of(session).name == "picture-damaged"
+
+
+def test_a_picture_over_which_pillow_stumbles():
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, "GIF")
+    data = bytearray(buffer.getvalue())
+    data[-1] = 0x21  # an extension begins where the file ends: an IndexError in Pillow
+    with pytest.raises(KleinctlError, match="came damaged"):
+        comfyui_fp8._opened(bytes(data), "a.gif")
+
+
+def test_a_picture_that_is_gone_before_it_was_fetched(open_session):
+    session, _ = open_session(status={"/view": 404})
+    problem = problem_of(session)
+    assert (problem.name, problem.what) == ("picture-damaged", "the picture is gone")
+    assert "answered HTTP 404" in problem.why
+
+
+@pytest.mark.parametrize("traceback", [None, 5, "text", {"a": 1}, [1, None]], ids=str)
+def test_a_traceback_of_another_shape_is_no_crash(open_session, traceback):
+    session, _ = open_session()
+    assert session._failure({}, {"exception_message": "so", "traceback": traceback}).problem.name == "comfyui-failed"
+
+
+def test_a_refusal_that_nests_without_end(open_session):
+    session, _ = open_session()
+    assert session._rejected({}, comfyui_client.Refused(400, "[" * 60000)).problem.name == "comfyui-failed"
 
 
 @pytest.mark.parametrize(
@@ -550,24 +610,21 @@ def h100(free):
 
 
 @pytest.mark.parametrize(
-    ("precision", "usable", "vram", "seconds"),
+    ("precision", "free", "vram", "ram", "seconds"),
     [
-        ("bf16", 15.7, 15.7, (0.93, 1.13)),
-        ("bf16", 7.8, 7.8, (1.45, 1.73)),
-        ("fp8", 15.7, 14.3, (0.80, 1.13)),
-        ("fp8", 7.8, 7.8, (0.93, 1.73)),
+        ("bf16", 16, 15.96, 17.2, 1.34),
+        ("bf16", 8, 7.96, 17.3, 2.03),
+        ("fp8", 16, 14.99, 13.8, 1.14),
+        ("fp8", 8, 7.96, 13.8, 1.45),
     ],
 )
-def test_the_prediction_is_near_what_was_measured(klein, monkeypatch, precision, usable, vram, seconds):
+def test_the_prediction_is_near_what_was_measured(klein, precision, free, vram, ram, seconds):
     """1024 x 1024 on an H100 whose other memory was taken (docs/measurements.md)."""
-    monkeypatch.setattr(comfyui_fp8.memory, "usable_vram", lambda gpu: int(usable * GIB))
-    job = Job("", 1024, 1024, 0, 4, 1.0, precision=precision)
-    fit = ComfyuiFp8().fit(klein, h100(16.3), job)
+    fit = ComfyuiFp8().fit(klein, h100(free), Job("", 1024, 1024, 0, 4, 1.0, precision=precision))
     assert fit.fits
-    assert fit.vram_bytes / GIB == pytest.approx(vram, rel=0.03)
-    assert seconds[0] <= fit.seconds_next <= seconds[1]
-    if precision == "bf16":
-        assert fit.ram_bytes / GIB == pytest.approx(17, rel=0.03)
+    assert fit.vram_bytes / GIB == pytest.approx(vram, rel=0.05)
+    assert fit.ram_bytes / GIB == pytest.approx(ram, rel=0.05)
+    assert fit.seconds_next == pytest.approx(seconds, rel=0.2)
 
 
 def test_a_precision_that_cannot_be_had(klein):

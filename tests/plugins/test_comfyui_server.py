@@ -73,6 +73,42 @@ def test_one_checkout_runs_once_at_a_time(tmp_path, monkeypatch):
     assert len(started(folder)) == 2
 
 
+def test_who_waits_for_a_checkout_and_is_stopped_starts_nothing(tmp_path):
+    folder = checkout(tmp_path / "ComfyUI")
+    first = open_server(known(folder), CPU, None)
+    waiting = comfyui_server.Started(known(folder), CPU, None)
+    time.sleep(0.3)
+    began = time.monotonic()
+    waiting.close()
+    assert time.monotonic() - began < 2
+    first.close()
+    assert len(started(folder)) == 1
+
+
+def test_temporary_files_are_a_checkouts_own_and_go_with_its_server(tmp_path):
+    servers = [open_server(known(checkout(tmp_path / name)), CPU, None) for name in ("one", "two")]
+    ((one, _),), ((two, _),) = started(tmp_path / "one"), started(tmp_path / "two")
+    places = [Path(given[given.index("--temp-directory") + 1]) for given in (one, two)]
+    assert places[0] != places[1]
+    (places[0] / "temp").mkdir()
+    (places[0] / "temp" / "reference.png").write_bytes(b"a picture")
+    servers[0].close()
+    assert [place.exists() for place in places] == [False, True]
+    servers[1].close()
+
+
+def test_what_the_log_said_of_an_earlier_job_explains_no_death(tmp_path):
+    server = open_server(known(checkout(tmp_path / "ComfyUI")), CPU, None)
+    server.log.write_text("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n")
+    server.watch("job-2")
+    os.kill(server.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+    wait_until(lambda: server.ended)
+    with pytest.raises(KleinctlError) as failure:
+        server.alive()
+    server.close()
+    assert failure.value.problem.name != "card-memory-full"
+
+
 def test_a_port_that_was_taken_meanwhile_is_not_the_end(tmp_path):
     folder = checkout(tmp_path / "ComfyUI", taken=1)
     open_server(known(folder), CPU, None).close()
@@ -103,6 +139,13 @@ def test_an_answer_of_another_shape_is_not_comfyuis(monkeypatch, answer):
     monkeypatch.setattr(comfyui_server.Client, "ask", lambda *asked: answer)
     with pytest.raises(KleinctlError, match="not ComfyUI"):
         open_server(None, replace(CPU, server="http://127.0.0.1:1"), None)
+
+
+def test_a_version_without_end_is_no_number():
+    with Double(version="9" * 5000) as double:
+        server = open_server(None, replace(CPU, server=double.url), None)
+        server.close()
+    assert len(server.version) == 40
 
 
 @pytest.mark.parametrize(
@@ -237,6 +280,15 @@ def test_what_watches_cleans_up_though_the_server_answers_nonsense():
         warden.stderr.close()
 
 
+@pytest.mark.parametrize(
+    "said", [b"", b'{"url', b'{"url": "http://127.0.0.1:1"}\n{"prom'], ids=["nothing", "half", "more"]
+)
+def test_what_watches_ends_quietly_when_the_worker_is_killed_in_the_middle_of_a_word(said):
+    command = [sys.executable, "-I", str(comfyui_server.WARDEN)]
+    ended = subprocess.run(command, input=said, capture_output=True, timeout=20)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"", b"")
+
+
 # How it is started
 
 
@@ -245,14 +297,14 @@ def test_a_budget_leaves_the_rest_of_what_is_free(tmp_path):
 
     hardware = imagine("RTX 4070 Ti SUPER", 32 * GIB)
     free = hardware.gpus[0].vram_free_bytes
-    given = arguments(known(tmp_path), 1, Budget(free - 3 * GIB, 0, "cuda:0", hardware), None)
+    given = arguments(known(tmp_path), 1, Budget(free - 3 * GIB, 0, "cuda:0", hardware), None, tmp_path)
     assert given[given.index("--reserve-vram") + 1] == "3.00"
     assert not {"--cpu", "--disable-dynamic-vram", "--lowvram", "--highvram"} & set(given)
 
 
 def test_the_users_own_arguments_stay_but_for_those_that_are_ours(tmp_path):
     theirs = ("--port", "8188", "--listen", "--fast", "fp16_accumulation", "--auto-launch", "--output-directory=/x")
-    given = arguments(known(tmp_path, arguments=theirs, base=tmp_path / "base"), 9000, CPU, None)
+    given = arguments(known(tmp_path, arguments=theirs, base=tmp_path / "base"), 9000, CPU, None, tmp_path)
     assert given[:2] == ["--fast", "fp16_accumulation"]
     assert given.count("--port") == given.count("--listen") == 1
     assert "--output-directory=/x" not in given

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -115,3 +116,11 @@ def test_a_picture_that_fits_only_when_blocks_wait_for_each_other():
     assert plan is not None and plan.slots == 1
     assert holding.fastest(large, room + GIB, 40 * GIB).slots == 2
     assert holding.fastest(task(), room, 40 * GIB).slots == 2
+
+
+@pytest.mark.parametrize("name", ["staged-decode", "diffusers-offload"])
+def test_the_models_own_precision_can_be_named(name):
+    backend, klein, job = Plugins(frozenset()).backend(name).thing, MODELS["klein-4b"], default_job(MODELS["klein-4b"])
+    hardware = imagine("RTX 4080", 64 * GIB)
+    assert backend.fit(klein, hardware, replace(job, precision="bf16")) == backend.fit(klein, hardware, job)
+    assert backend.fit(klein, hardware, replace(job, precision="fp32")).why_not.endswith("; fp32 was asked for.")
