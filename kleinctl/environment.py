@@ -148,13 +148,19 @@ MATTER = frozenset(
 _ASKING = MATTER | {"scipy", "pandas", "opencv-python", "opencv-python-headless", "numba", "onnxruntime", "peft"}
 #: The most that is read of a package's metadata, in bytes; what it asks for stands in its first lines.
 MAX_METADATA = 2**17
+#: Files `*.pth` of an environment that are read, and lines of each.
+MAX_PTH = 50
 
 
-def inspect(python: Path | None = None, name: str = "this") -> Environment:
-    """What another interpreter, or this one, has: read from file names, nothing is run or imported."""
+def inspect(python: Path | None = None, name: str = "this", folders: Sequence[str] | None = None) -> Environment:
+    """What another interpreter, or this one, has: read from file names, nothing is run or imported.
+
+    `folders` are those that it imports from, by default its own.
+    """
     from kleinctl.hardware.packages import packages_in
 
-    folders = site.getsitepackages() if python is None else [str(folder) for folder in _site_packages(python)]
+    if folders is None:
+        folders = site.getsitepackages() if python is None else [str(folder) for folder in _site_packages(python)]
     torch = packages_in(folders).get("torch")
     infos = _infos(folders)
     version = "{}.{}.{}".format(*sys.version_info[:3]) if python is None else _python_version(python)
@@ -182,6 +188,35 @@ def _site_packages(python: Path) -> list[Path]:
     prefix = _prefix(python)
     found = (prefix / "Lib" / "site-packages", *sorted(prefix.glob("lib*/python3*/*-packages")))
     return [folder for folder in found if folder.is_dir()]
+
+
+def import_folders(python: Path) -> list[str]:
+    """The folders that `python` imports from: its own, those a `.pth` names, and the system's where it shares them.
+
+    Python's own rules: https://docs.python.org/3/library/site.html; Debian's Python has packages in /usr/local too.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    own = _site_packages(python)
+    files = [path for folder in own for path in sorted(folder.glob("*.pth"))[:MAX_PTH]]
+    lines = [(path.parent, line.strip()) for path in files for line in _text(path).splitlines()[:MAX_PTH]]
+    named = [folder / line for folder, line in lines if line and not line.startswith(("#", "import ", "import\t"))]
+    prefix, shared = python.parent.parent, list[Path]()
+    home = re.search(r"(?m)^home *= *(.+?)\s*$", _text(prefix / "pyvenv.cfg"))
+    if home and _shares(prefix):
+        shared += Path(home[1]).parent.glob("local/lib/python3*/dist-packages")
+        shared += _site_packages(Path(home[1], "python3"))
+    return list(dict.fromkeys(str(folder) for folder in (*own, *named, *shared) if folder.is_dir()))
+
+
+def _text(path: Path) -> str:
+    """The beginning of a small file; empty where there is none."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return file.read(MAX_METADATA)
+    except OSError:
+        return ""
 
 
 def _prefix(python: Path) -> Path:
@@ -259,11 +294,9 @@ def _leaks(
 
 def _shares(prefix: Path) -> bool:
     """Whether the Python there reads the user's own folder: one that is no venv, or a venv that was told to."""
-    try:
-        noted = (prefix / "pyvenv.cfg").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return True
-    return re.search(r"^include-system-site-packages *= *true", noted, re.MULTILINE | re.IGNORECASE) is not None
+    noted = _text(prefix / "pyvenv.cfg")
+    told = re.search(r"^include-system-site-packages *= *true", noted, re.MULTILINE | re.IGNORECASE)
+    return not noted or told is not None
 
 
 def _user_site(version: str, environ: Mapping[str, str]) -> str:

@@ -38,8 +38,7 @@ def begin(job: Job, model: Model, backend: str, parts: Mapping[str, str]) -> dic
         "seed": job.seed,
         "width": job.width,
         "height": job.height,
-        "steps": job.steps,
-        "guidance": job.guidance,
+        **({} if job.workflow else {"steps": job.steps, "guidance": job.guidance}),
         "images": [_named(path, hash_file(path)) for path in job.images],
         "model": model.name,
         "variant": model.variant,
@@ -112,14 +111,15 @@ def job_from_record(record: Mapping[str, Any], images: Sequence[Path] = ()) -> J
     Raises:
         KleinctlError: the record is damaged, or `images` are not those pictures.
     """
+    own = {"steps": 1, "guidance": 1.0} if "workflow" in record else record  # a workflow has its own, which stay
     try:
         job = Job(
             prompt=_checked(record["prompt"], str),
             width=_checked(record["width"], int, 16, MAX_SIDE),
             height=_checked(record["height"], int, 16, MAX_SIDE),
             seed=_checked(record["seed"], int, 0, MAX_SEED),
-            steps=_checked(record["steps"], int, 1, MAX_STEPS),
-            guidance=float(_checked(record["guidance"], (int, float), 0, MAX_GUIDANCE)),
+            steps=_checked(own["steps"], int, 1, MAX_STEPS),
+            guidance=float(_checked(own["guidance"], (int, float), 0, MAX_GUIDANCE)),
             images=tuple(images),
             precision=_checked(record.get("precision", ""), str),
         )

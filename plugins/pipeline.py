@@ -42,7 +42,7 @@ def open_references(paths: Sequence[Path]) -> list[Any] | None:
         try:
             with Image.open(path) as picture:
                 pictures.append(ImageOps.exif_transpose(picture).convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow lets IndexError, struct.error and more out of damaged files
             why = f"Pillow says: {error}."
             raise KleinctlError(
                 Problem(f"{path} is no picture that can be read", why, "save it again as PNG", name="bad-reference")

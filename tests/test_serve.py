@@ -33,6 +33,7 @@ class Moody:
         fits = job.width < 1024
         return Fit(0, 2**26, 0, 0.5, 0.1, fits, "moody", None if fits else "It is in no mood for large pictures.")
     def health(self, hardware, environment): return None
+    def check_workflow(self, path, job): pass
     def load(self, model, budget): return Session()
 
 class Session:
@@ -349,6 +350,14 @@ def test_a_precision_that_the_loaded_backend_can_hold_needs_no_other_worker(serv
     answer = kleinctl("run", "a", *ANYWAY[:2], "--size", "64", "--seed", "7", "--precision", "mellow", "-o", "a.png")
     assert answer.exit_code == 0 and "without the server" not in answer.stderr
     assert read_record(tmp_path / "a.png")["precision"] == "mellow" and server.says("a.png  64x64")
+
+
+def test_a_workflow_is_run_by_the_server_that_can(server, kleinctl, tmp_path):
+    (tmp_path / "w.json").write_text("{}")
+    made = kleinctl("run", "x", *ANYWAY[:2], "--backend", "moody", "--workflow", "w.json", "-o", "a.png")
+    assert made.exit_code == 0 and "without the server" not in made.stderr
+    record = read_record(tmp_path / "a.png")
+    assert record["workflow"]["name"] == "w.json" and "steps" not in record  # it has its own
 
 
 def test_up_draws_with_the_model_that_is_loaded_or_says_why_it_loads_another(server, kleinctl, tmp_path):

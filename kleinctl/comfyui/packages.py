@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from kleinctl import environment as environments
 from kleinctl.comfyui.checkout import releases
 from kleinctl.environment import Environment, EnvironmentPlan
-from kleinctl.facts import comfyui as facts
 from kleinctl.problem import KleinctlError, Problem
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ def _unreadable(file: Path, found: str) -> KleinctlError:
 
 def environment(python: Path, name: str, folders: Sequence[str]) -> Environment:
     """What a Python has that imports from `folders`; a package without a version in an installer's words has none."""
-    found = facts.environment(python, name, folders)
+    found = environments.inspect(python, name, folders)
     bare = (path.parent.name for folder in folders for path in Path(folder).glob("*/__init__.py"))
     return replace(found, packages={**dict.fromkeys(map(environments._asked_for, bare), ""), **found.packages})
 

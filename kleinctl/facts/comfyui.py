@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -41,8 +41,6 @@ ENDINGS = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pt2", ".pth", ".bi
 MAX_SMALL, MAX_LOG, MAX_CODE, MAX_FILES, MAX_LEVELS = 2**18, 2**19, 2**25, 4000, 8
 #: An `extra_model_paths.yaml` has a page of text, and no brackets; its parser takes long for more.
 MAX_YAML, MAX_BRACKETS = 2**15, 100
-#: Files `*.pth` of an environment that are read, and lines of each.
-MAX_PTH = 50
 #: What the section is called that names a models folder which the arguments lead away from.
 OWN = "own_models"
 #: The longest text that facts carry in a report.
@@ -175,46 +173,13 @@ def environments(comfyui: ComfyUI) -> tuple[Environment, ...]:
     """The Python that runs it, named after it, where it was found and is not a managed one."""
     if comfyui.python is None or comfyui.environment != comfyui.name:
         return ()
+    from kleinctl.environment import import_folders, inspect
+
     try:
         python = Path(comfyui.python)
-        return (environment(python, comfyui.name, _import_folders(python)),)
+        return (inspect(python, comfyui.name, import_folders(python)),)
     except OSError:
         return ()
-
-
-def environment(python: Path, name: str, folders: Sequence[str]) -> Environment:
-    """What a Python has that imports from `folders`, which may be others than its own."""
-    from kleinctl import environment as known
-    from kleinctl.hardware.packages import packages_in
-
-    infos, torch = known._infos(folders), packages_in(folders).get("torch")
-    return replace(
-        known.inspect(python, name),
-        packages={package: version for package, (version, _) in infos.items()},
-        requires={package: asked for package, (_, info) in infos.items() if (asked := known._requires(package, info))},
-        torch_cuda=known._cuda_of(torch) if torch else None,
-    )
-
-
-def _import_folders(python: Path) -> list[str]:
-    """The folders that a Python imports from: its own, those a `.pth` names, and the system's where it shares them.
-
-    Python's own rules: https://docs.python.org/3/library/site.html; Debian's Python has packages in /usr/local too.
-    """
-    from kleinctl import environment as known
-
-    own = known._site_packages(python)
-    files = [path for folder in own for path in sorted(folder.glob("*.pth"))[:MAX_PTH]]
-    lines = [(path.parent, line.strip()) for path in files for line in _text(path).splitlines()[:MAX_PTH]]
-    named = [folder / line for folder, line in lines if line and not line.startswith(("#", "import ", "import\t"))]
-    prefix = python.parent.parent
-    home = _first(r"(?m)^home *= *(.+?)\s*$", _text(prefix / "pyvenv.cfg")) if known._shares(prefix) else None
-    shared = (
-        [*Path(home).parent.glob("local/lib/python3*/dist-packages"), *known._site_packages(Path(home, "python3"))]
-        if home
-        else []
-    )
-    return list(dict.fromkeys(str(folder) for folder in (*own, *named, *shared) if folder.is_dir()))
 
 
 def provided(comfyui: ComfyUI, types: Iterable[str]) -> ComfyUI:

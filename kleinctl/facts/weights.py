@@ -261,7 +261,7 @@ def _walk_kinds(comfyui: ComfyUI) -> dict[Path, list[str]]:
 
 def _of_folder(look: _Look, folder: Path) -> Iterator[FoundFile]:
     """The files in a folder that was named; where diffusers would load it, they are a set."""
-    whole = (folder / "model_index.json").is_file()
+    whole = os.path.isfile(folder / "model_index.json")  # noqa: PTH113 (False, too, in a folder that is closed)
     for path in walk(folder):
         inside = whole and path.parent.parent == folder
         role = FOLDERS.get(path.parent.name, "") if inside else ""
