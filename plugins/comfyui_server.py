@@ -204,9 +204,9 @@ class Started(Server):
         self._warden = _Warden(
             {
                 "url": self.url,
-                "command": [str(checkout.python), "-s", "-u", "main.py", *self._words],
-                "folder": str(checkout.path),
-                "environment": environment(os.environ),
+                "command": [str(checkout.python), "-s", "-u", str(checkout.path / "main.py"), *self._words],
+                "folder": str(folder),  # ComfyUI writes a log of its own to where it is started
+                "environment": environment(os.environ, owned=checkout.owned),
                 "log": str(self.log),
                 "lock": str(folder / f"{lock}.lock"),
                 "patience": LOCK_SECONDS,
@@ -399,10 +399,11 @@ def _others(given: Sequence[str]) -> list[str]:
     return kept
 
 
-def environment(own: Mapping[str, str]) -> dict[str, str]:
-    """Environment variables of the server."""
+def environment(own: Mapping[str, str], *, owned: bool) -> dict[str, str]:
+    """Environment variables of the server; in a checkout that is not `owned` its Python leaves no compiled files."""
     kept = {name: value for name, value in own.items() if name not in NOT_INHERITED}
-    return {**kept, "PYTHONUTF8": "1", "PYTHONNOUSERSITE": "1"}
+    leaving = {} if owned else {"PYTHONDONTWRITEBYTECODE": "1"}
+    return {**kept, "PYTHONUTF8": "1", "PYTHONNOUSERSITE": "1", **leaving}
 
 
 def _system(answer: Any) -> Mapping[str, Any]:

@@ -318,7 +318,8 @@ def checkout(folder: Path, **options: Any) -> Path:
 
 
 def main() -> None:
-    """Run as ComfyUI's main.py does, in the current folder."""
+    """Run as ComfyUI's main.py does; what it is to do, and what it was started with, stand beside it."""
+    os.chdir(Path(sys.argv[0]).parent)
     options = json.loads(Path("double.json").read_text(encoding="utf-8"))
     Path("starts.txt").open("a").write(json.dumps(sys.argv[1:]) + f" {os.getpid()}\n")  # noqa: SIM115
     if options.get("fail"):

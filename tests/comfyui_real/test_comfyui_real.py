@@ -81,7 +81,7 @@ def failed(session, job=JOB):
 def servers(home):
     """The processes that were started from this home."""
     return [each for each in psutil.process_iter(["cmdline"]) if str(home) in " ".join(each.info["cmdline"] or ())
-            and "main.py" in (each.info["cmdline"] or ())]  # fmt: skip
+            and any(word.endswith("main.py") for word in each.info["cmdline"] or ())]  # fmt: skip
 
 
 def reference(folder, name, colour):

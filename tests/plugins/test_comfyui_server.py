@@ -17,6 +17,7 @@ import pytest
 from kleinctl_plugins import comfyui_server
 from kleinctl_plugins.comfyui_server import arguments, open_server, running_server
 
+from kleinctl import comfyui
 from kleinctl.backends import Budget
 from kleinctl.comfyui import Checkout
 from kleinctl.problem import KleinctlError
@@ -312,5 +313,18 @@ def test_the_users_own_arguments_stay_but_for_those_that_are_ours(tmp_path):
 
 
 def test_settings_of_the_worker_are_not_for_comfyui():
-    given = comfyui_server.environment({"PYTHONPATH": "/x", "PYTORCH_CUDA_ALLOC_CONF": "y", "PATH": "/bin"})
+    worker = {"PYTHONPATH": "/x", "PYTORCH_CUDA_ALLOC_CONF": "y", "PATH": "/bin"}
+    given = comfyui_server.environment(worker, owned=True)
     assert given == {"PATH": "/bin", "PYTHONUTF8": "1", "PYTHONNOUSERSITE": "1"}
+
+
+def test_a_checkout_that_is_somebodys_own_is_left_as_it_was(tmp_path):
+    """What ComfyUI writes to where it is started, and what its Python compiles, goes elsewhere."""
+    program = checkout(tmp_path / "ComfyUI")
+    (program / "helper.py").write_text("")
+    code = (program / "main.py").read_text()
+    (program / "main.py").write_text(f"import helper\nopen('comfyui_detail.log', 'w').close()\n{code}")
+    before = set(program.rglob("*"))
+    open_server(Checkout(program, Path(sys.executable), owned=False), CPU, None).close()
+    assert {path.name for path in set(program.rglob("*")) - before} == {"starts.txt"}  # the double's own
+    assert (comfyui.folder() / "run" / "comfyui_detail.log").is_file()
