@@ -354,12 +354,21 @@ class Session:
             api: Api = comfyui_graph.with_job(given, job, references, own, self._say)
         else:
             api = comfyui_graph.picture(self._names(job.precision), job, self.model.manifest.variant, references).api()
-        api = comfyui_graph.validate(api, self._offered)
+        try:
+            api = comfyui_graph.validate(api, self._offered)
+        except KleinctlError as error:
+            raise KleinctlError(self._at_home(error.problem)) from None
         places = {load: self._where(load) for load in comfyui_files.loads(api)}
         unseen = [load.name for load, path in places.items() if path is None and Path(load.name).suffix]
         if unseen and self.checkout is not None:
             self._say(f"not looked at before the run, for it was not found on the disk: {', '.join(unseen)}")
         return Drawn(api, {load: path for load, path in places.items() if path is not None})
+
+    def _at_home(self, problem: Problem) -> Problem:
+        """The problem with a fix that names this checkout's folder, where it is known."""
+        if self.checkout is None:
+            return problem
+        return replace(problem, fix=problem.fix.replace("--comfyui DIR", f"--comfyui {quoted(self.checkout.path)}"))
 
     def _say(self, text: str) -> None:
         """Warn, once for a picture."""

@@ -185,6 +185,15 @@ def test_a_users_workflow_is_run_with_the_jobs_prompt(open_session, tmp_path):
     assert sent["6"]["inputs"]["cfg"] == 5.0
 
 
+def test_a_file_that_a_workflow_names_and_comfyui_lacks_is_told_with_a_line_to_paste(open_session, tmp_path):
+    source = Path(__file__).parent.parent / "fixtures" / "workflows" / "prompt_t2i_base.json"  # with its own file names
+    session, _ = open_session()
+    with pytest.raises(KleinctlError) as failure:
+        draw(session, replace(JOB, workflow=source))
+    assert failure.value.problem.name == "value-not-in-list"
+    assert failure.value.problem.fix.startswith(f"kleinctl doctor --comfyui {tmp_path}   # ")
+
+
 def test_the_whole_road_through_a_worker(tmp_path):
     model = models.installed()
     folder = checkout(tmp_path / "ComfyUI", files=FILES)
