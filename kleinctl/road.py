@@ -80,7 +80,7 @@ def check_precision(plugins: Plugins, offers: Sequence[Offer], precision: str) -
     able = [name for name, own in can.items() if precision in own]
     here = (name for name in able if absent(plugins.backends[name].thing) is None)
     other = next(here, able[0] if able else None)  # rather one that has not to be installed first
-    fix = f"--backend {other}" if other else f"--precision {known[0]}" if known else "leave --precision out"
+    fix = f"--backend {other}" if other else "leave --precision out"
     what = f"{names} {'cannot' if len(offers) == 1 else 'can'} hold weights in {precision[:40]!r}"
     raise Misuse(Problem(what, has + did_you_mean(precision[:40], known), fix, name="precision-unknown"))
 
