@@ -51,7 +51,7 @@ def exit_text(status: int) -> str:
 
 def looks_like_no_memory(status: int) -> bool:
     """Whether a process that ended so was most likely ended for want of memory."""
-    return status & 0xFFFFFFFF in _OUT_OF_MEMORY or (os.name == "posix" and status == -9)
+    return status & 0xFFFFFFFF in _OUT_OF_MEMORY or (os.name == "posix" and status in (-9, 128 + 9))  # behind a shell
 
 
 def oom_kills() -> int | None:

@@ -125,7 +125,7 @@ def _questions(folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
     for name in _commands():
         yield f"{name} --help", partial(_wrong_answer, folder, (name, "--help"), (0,), "Usage:")
     for words, codes in DOCUMENTS:
-        yield f"{' '.join(words[:1])} --json", partial(_wrong_document, folder, words, codes)
+        yield f"{' '.join(words)} --json".replace(f" {__file__}", ""), partial(_wrong_document, folder, words, codes)
     for words, code in EXIT_CODES:
         yield f"exit code of {' '.join(words)}", partial(_wrong_answer, folder, words, (code,))
     yield "doctor without colour", partial(_wrong_answer, folder, ("doctor",), (0, 1), NO_COLOR="1", COLUMNS="80")

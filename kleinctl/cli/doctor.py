@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @click.command("doctor", short_help="What is this machine, what is wrong, what would run and why.")
 @options.together(options.model, options.backend, options.comfyui, options.vram_limit, options.ram_limit)
-@click.option("--folder", "folders", multiple=True, type=options.FOLDER, help="A folder of models to look at too.")
+@options.folders
 @click.option("--workflow", type=options.FILE, metavar="FILE", help="Judge a ComfyUI workflow (JSON, or its PNG).")
 @click.option("--log", type=options.FILE, metavar="FILE", help="Explain a log or a pasted error too; - is stdin.")
 @click.option("--from", "report", type=options.FILE, metavar="FILE", help="Judge a report instead of this machine.")
@@ -87,6 +87,7 @@ def command(
     plugins = Plugins()
     sent = _report(report) if report else None
     places = [*([comfyui] if comfyui else []), *folders]
+    options.looked_at(None if report else comfyui)
 
     def look() -> Survey:
         facts = (

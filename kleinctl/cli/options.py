@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from kleinctl.cli import output
+
 if TYPE_CHECKING:
     from kleinctl.hardware import Hardware
     from kleinctl.manifest import Model
@@ -18,6 +20,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
+#: One that is looked at: it has to be there.
+EXISTING = click.Path(exists=True, file_okay=False, path_type=Path)
 
 out = click.option("-o", "--output", "out", metavar="FILE", help="The PNG to write; a folder where there are several.")
 model = click.option("--model", metavar="NAME", help="The model; see `kleinctl models`.")
@@ -32,9 +36,16 @@ yes = click.option("--yes", "-y", is_flag=True, help="Answer every question with
 as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 comfyui = click.option(
     "--comfyui",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=EXISTING,
     metavar="DIR",
     help="A ComfyUI folder to look at too.",
+)
+folders = click.option(
+    *("--folder", "folders"),
+    multiple=True,
+    type=EXISTING,
+    metavar="DIR",
+    help="A folder of models to look at too.",
 )
 unverified = click.option("--allow-unverified", is_flag=True, help="Install parts whose sha256 is not known.")
 accept = click.option("--accept-licence", is_flag=True, help="Accept the model's licence without being asked.")
@@ -49,6 +60,14 @@ def together(*options: Callable[[Function], Function]) -> Callable[[Function], F
         return function
 
     return decorate
+
+
+def looked_at(folder: Path | None) -> None:
+    """Say where what was named as a ComfyUI's folder is none: its files are looked at all the same."""
+    from kleinctl.facts import comfyui as facts
+
+    if folder is not None and facts.read(folder) is None:
+        output.remark(f"warning: {folder} is no ComfyUI: its main.py is not there; it counts as --folder")
 
 
 def parsed_size(text: str | None) -> tuple[int | None, int | None]:

@@ -99,8 +99,8 @@ def show(hardware: Hardware, rows: list[dict[str, Any]], why: str) -> None:
         own = [row for row in rows if row["model"] == model]
         say(f"\n{model}, {bytes_text(own[0]['fit']['disk_bytes'])} on disk; VRAM and RAM in GiB")
         _show_table(own)
-        for reason in dict.fromkeys(row["why_not"] for row in own if row["why_not"]):
-            say(f"no: {reason}")
+        for backend, reason in dict.fromkeys((row["backend"], row["why_not"]) for row in own if row["why_not"]):
+            say(f"no: {reason}" if reason.startswith(backend) else f"{backend}, no: {reason}")
     say(f"\n{why}")
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("--case-id", "case", default="", metavar="TEXT", help="What support calls your case.")
 @click.option("--note", default="", metavar="TEXT", help="What you did and what happened, in your words.")
 @options.comfyui
-@click.option("--folder", "folders", multiple=True, type=options.FOLDER, help="A folder of models to look at too.")
+@options.folders
 @click.option("--workflow", type=options.FILE, metavar="FILE", help="Put in a ComfyUI workflow (JSON, or its PNG) too.")
 @click.option("--log", "logs", multiple=True, type=options.FILE, metavar="FILE", help="A log to put in too.")
 @click.option("--keep-prompts", is_flag=True, help="Leave prompts in.")
@@ -51,6 +51,7 @@ def command(
 
     plugins = Plugins()
     places = [*([comfyui] if comfyui else []), *folders]
+    options.looked_at(comfyui)
     facts = gather(plugins, options.this_machine(), folders=places, workflow_file=workflow)
     redactor = collect.redactor_for(plugins, facts, keep_prompts)
     made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

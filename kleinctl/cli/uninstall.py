@@ -14,12 +14,19 @@ from kleinctl.problem import OK, Misuse, Problem
 if TYPE_CHECKING:
     from kleinctl.comfyui.record import Checkout
 
+#: What `--all` takes of KLEINCTL_HOME beside models, environments and ComfyUI.
+FOLDERS = ("downloads", "quarantine", "logs", "journal", "pythons", "cache", "batches")
+FILES = (
+    *("verified.json", "licences.json", "calibration.json", "disabled-plugins.txt"),
+    *("install.lock", "serve.lock"),
+)
+
 
 @click.command("uninstall", short_help="Take away a model, or everything kleinctl made.")
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
 @click.option("--environments", is_flag=True, help="Take away the managed Python environments.")
 @click.option("--comfyui", is_flag=True, help="Take away the ComfyUI that kleinctl installed; use yours no more.")
-@click.option("--all", "everything", is_flag=True, help="Take away all models, environments, logs and downloads.")
+@click.option("--all", "everything", is_flag=True, help="Take away all models, environments, ComfyUI, logs, downloads.")
 @options.together(options.yes, options.as_json)
 def command(
     models: tuple[str, ...], environments: bool, comfyui: bool, everything: bool, yes: bool, as_json: bool
@@ -61,9 +68,9 @@ def command(
     for name in gone:
         environment.remove(name)
     if everything:  # settings and manifests of the user's own stay
-        for name in ("downloads", "quarantine", "logs", "journal", "pythons", "cache"):
+        for name in FOLDERS:
             shutil.rmtree(home() / name, ignore_errors=True)
-        for name in ("verified.json", "licences.json", "install.lock", "serve.lock", "disabled-plugins.txt"):
+        for name in FILES:
             (home() / name).unlink(missing_ok=True)
     document: dict[str, Any] = {
         "schema": "kleinctl.uninstall/1",
