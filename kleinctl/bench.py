@@ -432,7 +432,7 @@ class Watch:
 
     def _host(self) -> None:
         while not self._ended.wait(HOST_SECONDS):
-            own = sum(_own_bytes(pid) for pid in _children() if pid not in self._others)
+            own = sum(own_bytes(pid) for pid in _children() if pid not in self._others)
             self.host_bytes = max(self.host_bytes, own)
 
 
@@ -444,7 +444,7 @@ def _children() -> list[int]:
     return []
 
 
-def _own_bytes(pid: int) -> int:
+def own_bytes(pid: int) -> int:
     """Memory of a process that is no file's: anonymous and shared, pinned or not."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, ValueError, IndexError):

@@ -67,7 +67,7 @@ def default_job(model: Model, **changes: Any) -> Job:
 
 
 def precisions(backend: Backend) -> tuple[str, ...]:
-    """The precisions beside the manifest's in which `backend` can hold weights; most have none."""
+    """The precisions that `backend` can be asked for by name; a job that names none has the manifest's."""
     return tuple(getattr(backend, "precisions", ()))
 
 

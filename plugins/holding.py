@@ -65,9 +65,9 @@ class Holding:
     transformer: Held
     stages: tuple[Stage, ...]
     host_bytes: int
-    tiles: bool = False
-    moved_bytes: int = 0
-    slots: int = SLOTS[0]
+    tiles: bool
+    moved_bytes: int
+    slots: int
 
     @property
     def vram_bytes(self) -> int:
@@ -305,7 +305,7 @@ def _staying(units: Iterable[str]) -> list[str]:
 
 
 def _fill(units: Mapping[str, int], order: Iterable[str], room: int) -> list[str]:
-    """As many units as `room` bytes take, in this order."""
+    """As many units as `room` bytes take, in this order; after one that is too large, smaller ones may still fit."""
     taken = []
     for name in order:
         if units[name] <= room:

@@ -102,7 +102,8 @@ class StagedDecode:
             every = _layouts(model, name)
             now = [] if job.precision == FP8 else [every[unit] for unit in held.host]
             self._early.read(name, now)
-            later = [each for each in every.values() if each not in now]
+            order = dict.fromkeys((*held.resident, *every))  # as they will be read
+            later = [every[unit] for unit in order if every[unit] not in now]
             ahead -= sum(each.bytes for each in later)
             if ahead > 0:
                 self._early.expect(later)

@@ -6,7 +6,7 @@ streamed one is copied into a ring of slots while the units before it compute. W
 copies nothing back.
 
 diffusers' group offloading does the same with torch's own pinned memory, which rounds every tensor up to a power of two
-(the transformer's 7.75 GB take 11.92 GB), and it waits for the host at each block; see docs/measurements.md.
+(the transformer's 7.75 GB take 11.92 GB), and it waits for the host at each block.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class Component:
             unit.packed = packed
 
     @contextlib.contextmanager
-    def streaming(self, slots: int = 2) -> Iterator[None]:
+    def streaming(self, slots: int) -> Iterator[None]:
         """While this lasts, units that are not on the device come and go through a ring of slots as they are used.
 
         Those that are held as fp8 are expanded as they are used, wherever they are.

@@ -330,6 +330,21 @@ def test_weights_that_were_read_before_torch_came_give_the_same_bits():
     ahead.close(), plain.close()
 
 
+def test_what_a_plan_holds_on_the_host_is_read_ahead_and_the_rest_is_expected_as_it_will_be_read(monkeypatch):
+    from kleinctl_plugins.layout import EarlyReader
+
+    card, asked = imagine("RTX 3050", 16 * GIB), Budget(int(0.9 * GIB), 16 * GIB, "cuda:0")
+    plan = holding.best(holding.Task.of(TINY.manifest, card, CIRCLE), asked.vram_bytes, 14 * GIB)
+    assert plan.transformer.host and len(plan.transformer.kept) > 1
+    read, expected = [], []
+    monkeypatch.setattr(EarlyReader, "read", lambda self, name, units: read.append([each.name for each in units]))
+    monkeypatch.setattr(EarlyReader, "expect", lambda self, units: expected.append([each.name for each in units]))
+    backend = Plugins(frozenset()).backend("staged-decode").thing
+    backend.prefetch(TINY, replace(asked, hardware=card), CIRCLE)
+    assert read == [list(plan.encoder.host), list(plan.transformer.host)]
+    assert expected == [[*plan.encoder.resident, ""], list(plan.transformer.kept)]
+
+
 def test_fp8_gives_the_same_bits_however_it_is_held_and_nearly_the_picture_without_it(sessions):
     job = replace(CIRCLE, precision="fp8")
     fp8 = [held(way, room=NOTHING) for way in ("resident", "streamed", "staged")]
@@ -504,16 +519,24 @@ def test_pinning_goes_on_up_to_what_was_refused_before(monkeypatch):
     assert Runtime.pinned == {}
 
 
-def weights_there(session: Any) -> dict[str, list[int]]:
-    """Of every stage from now on, the bytes of weights that were on the device while it computed, ring included."""
+def weights_there(session: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """Of every stage from now on, the bytes of weights that were on the device while it computed, rings included."""
+    from kleinctl_plugins.weights import Ring
+
     seen: dict[str, list[int]] = {"encode": [], "denoise": [], "decode": []}
+    rings: list[Ring] = []
+    make = Ring.__init__
+
+    def made(self: Any, *given: Any) -> None:
+        make(self, *given)
+        rings.append(self)
+
+    monkeypatch.setattr(Ring, "__init__", made)
 
     def note(stage: str, component: Any = None) -> None:
-        ring = []
-        if component is not None:
-            ring = [unit.bytes for name, unit in component.units.items() if name and unit.device is None]
+        slots = sum(len(slot) for ring in rings for slot, _ in (*ring._free, *ring._ready.values()))
         scratch = [unit.layout.bytes for unit in component.units.values() if unit.packed] if component else []
-        seen[stage].append(on_device(session) + min(len(ring), 2) * max(ring, default=0) + max(scratch, default=0))
+        seen[stage].append(on_device(session) + slots + max(scratch, default=0))
 
     first = session.encoder.module.layers[0], session.transformer.module.single_transformer_blocks[0]
     first[0].register_forward_pre_hook(lambda *given: note("encode", session.encoder))
@@ -523,20 +546,27 @@ def weights_there(session: Any) -> dict[str, list[int]]:
     return seen
 
 
-def test_jobs_of_changing_plans_hold_no_more_than_each_plan_says(monkeypatch):
+def test_jobs_of_changing_plans_hold_no_more_than_each_plan_says_and_give_the_same_bits(sessions, monkeypatch):
     """Also where a prompt is remembered, so that the text encoder of the plan before is not put away for its own."""
     from kleinctl_plugins.weights import Component
 
     steps = (  # what the first leaves of the encoder is in the way of the others
-        ("resident", "staged", 80_000_000, "a red circle", ""),
-        ("streamed", "staged", 12_000_000, "a red circle", ""),
-        ("resident", "staged", 80_000_000, "a red circle", ""),
-        ("streamed", "resident", 21_600_000, "a blue circle", ""),
-        ("resident", "streamed", 18_000_000, "a blue circle", ""),
-        ("streamed", "streamed", 12_000_000, "a red circle", "fp8"),
+        ("resident", "staged", 2, 80_000_000, "a red circle", ""),
+        ("streamed", "staged", 2, 12_000_000, "a red circle", ""),
+        ("resident", "staged", 2, 80_000_000, "a red circle", ""),
+        ("streamed", "resident", 1, 21_600_000, "a blue circle", ""),
+        ("resident", "streamed", 2, 18_000_000, "a blue circle", ""),
+        ("streamed", "streamed", 2, 12_000_000, "a red circle", "fp8"),
+        ("streamed", "streamed", 1, 12_000_000, "a green circle", "fp8"),
+        ("streamed", "streamed", 1, 12_000_000, "a green circle", ""),
     )
+    jobs = [
+        replace(CIRCLE, prompt=prompt, width=64, height=64, steps=1, precision=precision)
+        for *_, prompt, precision in steps
+    ]
+    wanted = {job: draw(sessions["resident"], job).tobytes() for job in dict.fromkeys(jobs)}
     session = held("resident", "streamed", "staged", room=PLENTY)
-    seen = weights_there(session)
+    seen = weights_there(session, monkeypatch)
     most: list[int] = []
     bring = Component._bring
 
@@ -545,13 +575,12 @@ def test_jobs_of_changing_plans_hold_no_more_than_each_plan_says(monkeypatch):
         most.append(on_device(session))
 
     monkeypatch.setattr(Component, "_bring", brought)
-    for *ways, room, prompt, precision in steps:
+    for job, (*ways, slots, room, _, _) in zip(jobs, steps, strict=True):
         for each in (*seen.values(), most):
             each.clear()
-        job = replace(CIRCLE, prompt=prompt, width=64, height=64, steps=1, precision=precision)
-        plan = holding._plan(session._task(job), room, *ways, tiles=False, slots=2)
+        plan = holding._plan(session._task(job), room, *ways, tiles=False, slots=slots)
         monkeypatch.setattr(holding, "best", lambda *given, plan=plan: plan)
-        draw(session, job)
+        assert draw(session, job).tobytes() == wanted[job], ways
         stages = {stage.name: stage.weights_bytes - TINY.manifest.shape.vae_bytes for stage in plan.stages}
         slack = 200_000  # parameters begin at multiples of 512 bytes
         for name, found in seen.items():

@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 from kleinctl import Budget, Gpu, InstalledModel, Job, Model, memory
-from kleinctl.bench import Holder, _own_bytes, used_bytes
+from kleinctl.bench import Holder, own_bytes, used_bytes
 from kleinctl.hardware import detect
 from kleinctl.planner import default_job
 from kleinctl.plugins import Plugins
@@ -150,7 +150,7 @@ def main() -> int:
             session = backend.load(InstalledModel(model, folder), budget)
             took, hashes = drawn(partial(session.generate, progress=silent), jobs)
             tiled, same = session.tiling is not None, hashes == wanted
-            gib = f"{card.peak() / GIB:.2f} | {_own_bytes(os.getpid()) / GIB:.1f}"
+            gib = f"{card.peak() / GIB:.2f} | {own_bytes(os.getpid()) / GIB:.1f}"
             bits = "tiles" if tiled else "yes" if same else "NO"
             print(f"| {free:g} | {session.strategy} | {took:.2f} | {took / seconds:.2f} | {gib} | {bits} |", flush=True)
             for said in session.warnings:

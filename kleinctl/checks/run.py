@@ -26,7 +26,8 @@ TILE, OVERLAP = 512, 64
 #: A stage of so many seconds that took no more VRAM than this for its work did it elsewhere.
 IDLE_SECONDS, IDLE_BYTES = 2.0, 16 * MIB
 #: Memory grows when it is so much larger after the last picture than after the third, and would be so if every picture
-#: had added as much as the one in the middle: a plan that moves more of the weights to RAM takes it once.
+#: had added as much as the one in the middle: a plan that moves more of the weights to RAM takes it once. And the
+#: least of the second half has to be above that of the first by half as much: where sizes take turns it is not.
 GROWN_BYTES, GROWN_SHARE, GROWING_PICTURES = GIB, 0.2, 8
 #: Colours between these bounds, so close together, and so alike in red, green and blue are washed out (0 to 255).
 PALE_LOW, PALE_HIGH, PALE_RANGE, PALE_TINT = 32, 224, 64, 48
@@ -227,7 +228,9 @@ def memory_grows(finished_run: FinishedRun) -> Problem | None:
     if len(held) + 2 <= GROWING_PICTURES:
         return None
     steps = [later - earlier for earlier, later in itertools.pairwise(held)]
-    grown = min(held[-1] - held[0], sorted(steps)[len(steps) // 2] * len(steps))
+    half = len(held) // 2
+    lasting = min(held[half:]) - min(held[:half])
+    grown = min(held[-1] - held[0], 2 * lasting, sorted(steps)[len(steps) // 2] * len(steps))
     if grown < max(GROWN_BYTES, held[0] * GROWN_SHARE):
         return None
     return Problem(

@@ -200,8 +200,9 @@ def test_memory_that_grows_over_many_pictures():
     assert found(*rises_once) == {}
     smaller_plan = [replace(FINE, rss_bytes=(6 if number < 6 else 9) * GIB + number * 4096) for number in range(12)]
     assert found(*smaller_plan) == {}
-    to_and_fro = [replace(FINE, rss_bytes=(2 + number % 2) * GIB) for number in range(13)]
-    assert found(*to_and_fro) == {}
+    for many, sizes in ((13, 2), (14, 2), (12, 4)):
+        in_turn = [replace(FINE, rss_bytes=(2 + 3 * (number % sizes)) * GIB) for number in range(many)]
+        assert found(*in_turn) == {}
 
 
 # The disk
