@@ -181,7 +181,7 @@ def pictures(
     where: Place,
     hardware: Hardware,
     jobs: Sequence[Job],
-    outputs: Sequence[Path],
+    outputs: tuple[Path, ...],
     on_event: generate.OnEvent,
     executor: Any = None,
     origins: Sequence[str] = (),
@@ -191,9 +191,8 @@ def pictures(
     Raises:
         KleinctlError: something cannot work, or failed.
     """
-    chosen = outputs if isinstance(outputs, tuple) else tuple(outputs)  # what is `generate.Named` stays so
     wanted = request(way, environment, where, hardware)
-    asked = replace(wanted, jobs=tuple(jobs), outputs=chosen, origins=tuple(origins))
+    asked = replace(wanted, jobs=tuple(jobs), outputs=outputs, origins=tuple(origins))
     return generate.run(asked, on_event, executor)
 
 

@@ -100,10 +100,10 @@ class StagedDecode:
         ahead = host - plan.host_bytes
         for name, held in (("text_encoder", plan.encoder), ("transformer", plan.transformer)):
             every = _layouts(model, name)
-            now = [] if job.precision == FP8 else [every[unit] for unit in held.host]
-            self._early.read(name, now)
+            now = () if job.precision == FP8 else held.host
+            self._early.read(name, [every[unit] for unit in now])
             order = dict.fromkeys((*held.resident, *every))  # as they will be read
-            later = [every[unit] for unit in order if every[unit] not in now]
+            later = [every[unit] for unit in order if unit not in now]
             ahead -= sum(each.bytes for each in later)
             if ahead > 0:
                 self._early.expect(later)

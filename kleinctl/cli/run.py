@@ -334,7 +334,7 @@ def tasks_of(wanted: Wanted, place: Place, lines: Iterable[Line], folder: Path) 
 
 def batch_pictures(place: Place, batch: Batch, left: Sequence[Task], folder: Path) -> Result:
     """The pictures of the tasks that are `left`. After Ctrl-C it is told how to go on."""
-    jobs, outputs = [task.job for task in left], [task.output for task in left]
+    jobs, outputs = [task.job for task in left], tuple(task.output for task in left)
     try:
         return place.pictures(jobs, outputs, None, [batch.origin(task.line) for task in left])
     except KeyboardInterrupt:
@@ -407,7 +407,7 @@ class Here:
     def pictures(
         self,
         jobs: Sequence[Job],
-        outputs: Sequence[Path],
+        outputs: tuple[Path, ...],
         asked: tuple[int, int] | None,
         origins: Sequence[str] = (),
     ) -> Result:
@@ -452,7 +452,7 @@ class Served:
     def pictures(
         self,
         jobs: Sequence[Job],
-        outputs: Sequence[Path],
+        outputs: tuple[Path, ...],
         asked: tuple[int, int] | None,
         origins: Sequence[str] = (),
     ) -> Result:

@@ -278,7 +278,7 @@ def _over(planned: int, limit: str | None) -> bool:
 def make_pictures(
     server: Server,
     jobs: Sequence[Job],
-    outputs: Sequence[Path],
+    outputs: tuple[Path, ...],
     asked: tuple[int, int] | None = None,
     *,
     origins: Sequence[str] = (),
@@ -300,8 +300,7 @@ def make_pictures(
         output.show_problems(told)
     if before.refused is not None and not origins:
         raise KleinctlError(before.refused)
-    chosen = outputs if isinstance(outputs, tuple) else tuple(outputs)  # what is `generate.Named` stays so
-    request = replace(has, jobs=tuple(jobs), outputs=chosen, origins=tuple(origins))
+    request = replace(has, jobs=tuple(jobs), outputs=outputs, origins=tuple(origins))
     with ExitStack() as shown:
         result = generate.run(request, _show_late(server.state, len(jobs), shown), server)
     for remark in result.remarks:

@@ -142,7 +142,7 @@ def make_pictures(
     where: Place,
     hardware: Hardware,
     jobs: Sequence[Job],
-    outputs: Sequence[Path],
+    outputs: tuple[Path, ...],
     executor: Any,
     asked: tuple[int, int] | None = None,
     *,
