@@ -252,7 +252,6 @@ class Session:
         """
         import torch
 
-        self._release()
         with contextlib.suppress(torch.OutOfMemoryError, OSError):
             self._hold(plan, self.transformer, plan.transformer.kept)
             if plan.encoder.way == "resident":
@@ -263,6 +262,8 @@ class Session:
         for each, held in ((self.encoder, plan.encoder), (self.transformer, plan.transformer)):
             each.forget([name for name in each.units if name not in held.host], self.reader)
         host = plan.encoder.host if component is self.encoder else plan.transformer.host
+        if any(component.units[name].device is None for name in resident):
+            self._release()
         component.hold(resident, host, self.reader)
 
     def _room_now(self) -> int:
@@ -357,13 +358,11 @@ class Session:
         beside = () if plan.encoder.way == "staged" else plan.encoder.resident
         self.encoder.drop(name for name in self.encoder.units if name not in beside)
         if references:
-            self._drop_all_but_kept(plan)
-        self._release()
+            self._make_way(plan)
         with contextlib.ExitStack() as stack:
 
             def come(module: Any, *arguments: Any) -> None:
                 first.remove()
-                self._release()
                 self._hold(plan, self.transformer, plan.transformer.resident)
                 stack.enter_context(self.transformer.streaming(plan.slots))
                 progress("denoise", 0, job.steps)
@@ -387,14 +386,15 @@ class Session:
                 output_type="latent",
             ).images
 
-    def _drop_all_but_kept(self, plan: Holding) -> None:
+    def _make_way(self, plan: Holding) -> None:
+        """For the VAE: what the plan does not keep beside it goes."""
         for component, held in ((self.encoder, plan.encoder), (self.transformer, plan.transformer)):
             component.drop([name for name in component.units if name not in held.kept])
+        self._release()
 
     def _decode(self, plan: Holding, latents: Any, progress: Any) -> Any:
         progress("decode", 0, 1)
-        self._drop_all_but_kept(plan)
-        self._release()
+        self._make_way(plan)
         decoded = None if plan.tiles else self._decode_whole(latents)
         if decoded is None:
             decoded = self._decode_in_tiles(latents)
@@ -428,7 +428,8 @@ class Session:
         """Give what is free back to the card.
 
         cuDNN takes its algorithms, and so a picture's bits, by what the card says is free: what torch keeps for later
-        is not. And the next stage finds the room in one piece.
+        is not. And weights that come find the room in one piece. Where neither matters it stays with torch, for to take
+        it again costs time.
         """
         import torch
 
