@@ -91,7 +91,7 @@ def _read_scalar(kind: type, value: Any, where: str) -> Any:
         return Path(read(str, value, where))
     if kind is float and type(value) in (int, float) and abs(value) < MAX_NUMBER:
         return float(value)
-    exactly = type(value) is kind  # True is no number here
+    exactly = type(value) is kind and kind is not float  # True is no number here, and no float is endless
     if not exactly:
         names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
         raise unreadable(where, names[kind], value)

@@ -168,6 +168,8 @@ def opened(url: str, headers: dict[str, str], patience: Patience, name: str) -> 
         raise Failed(_hub_error(host_of(url), "redirects without end", name))
     except http.TransportError as error:
         raise _line_failure(error, at, name, patience) from None
+    except (http.InvalidURL, UnicodeError):  # a redirect to such a place, or HF_ENDPOINT
+        raise Failed(_hub_error(host_of(url), "an address that no web server has", name)) from None
 
 
 def _client() -> Any:
@@ -339,11 +341,11 @@ def refusal(answer: Answer, source: Source, name: str, url: str) -> Failed:
 def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds that `Retry-After` (a number or a date) or the hub's `ratelimit` header asks for."""
     text = headers.get("retry-after", "").strip()
-    if text.isdecimal():
-        return float(text)
+    if (seconds := _number(text)) is not None:
+        return float(seconds)
     with contextlib.suppress(ValueError, TypeError):
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    reset = re.search(r";\s*t=(\d+)", headers.get("ratelimit", ""))
+    reset = re.search(r";\s*t=(\d{1,9})(?!\d)", headers.get("ratelimit", ""))
     return float(reset[1]) if reset else None
 
 

@@ -17,7 +17,11 @@ HUB = "https://huggingface.co"
 #: A manifest is a page of text; what is longer is something else.
 MAX_BYTES = 2**20
 
-_RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
+#: https://learn.microsoft.com/windows/win32/fileio/naming-a-file
+_RESERVED = {"con", "prn", "aux", "nul", "conin$", "conout$"}
+_RESERVED |= {port + number for port in ("com", "lpt") for number in "123456789¹²³"}
+#: Bytes of a name, on the file systems in use.
+_LONGEST = 255
 
 
 def confined(path: str) -> str | None:
@@ -36,6 +40,8 @@ def confined(path: str) -> str | None:
             return f"the segment {segment!r}"
         if segment[-1] in " ." or segment.split(".")[0].strip().lower() in _RESERVED:
             return f"{segment!r}, which Windows cannot store"
+        if len(segment.encode("utf-8", "replace")) > _LONGEST:
+            return f"a name of more than {_LONGEST} bytes"
     return None
 
 

@@ -21,13 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A backend and a model on one machine: the fit, and what is in the way."""
+    """A backend and a model on one machine: the fit, and what is in the way.
+
+    `unchecked`: it fits, and whether what it needs beside that is there could not be looked at; `problem` says so.
+    """
 
     backend: str
     model: str
     fit: Fit
     problem: Problem | None = None
     device: str = "cuda:0"
+    unchecked: bool = False
 
     @property
     def runs(self) -> bool:
@@ -121,7 +125,9 @@ def _looked_for(backend: Backend, candidate: Candidate, *, here: bool) -> Candid
         "Whether the program that it needs is installed shows on that machine alone.",
         "kleinctl doctor   # on that machine",
     )
-    return replace(candidate, problem=candidate.problem or unknown)
+    if candidate.problem is not None:
+        return candidate
+    return replace(candidate, problem=unknown, unchecked=candidate.fit.fits)
 
 
 def _candidate(backend: Backend, model: Model, hardware: Hardware, job: Job, among: Sequence[Environment]) -> Candidate:
@@ -166,6 +172,8 @@ def choose(candidates: Sequence[Candidate]) -> Choice | None:
         why += f"; {rest[0].backend} would take {seconds_text(rest[0].fit.seconds_next)}"
     elif rest:
         why += f"; {rest[0].backend} would be as fast"
+    elif any(each.unchecked for each in candidates):
+        why += "; nothing else that could be checked fits"
     elif len(candidates) > 1:
         why += "; nothing else fits here"
     return Choice(best, why + ".")

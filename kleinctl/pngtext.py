@@ -15,6 +15,8 @@ from kleinctl.problem import KleinctlError, Problem
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 #: Longest text chunk that is read, and the most text that a compressed one may unfold to: 1 MiB.
 MAX_TEXT_BYTES = 2**20
+#: The most text of one picture, all of it together, in characters.
+MAX_TEXTS = 16 * MAX_TEXT_BYTES
 #: Most chunks looked at; a 4096 x 4096 picture has about a thousand.
 MAX_CHUNKS = 100_000
 
@@ -78,6 +80,7 @@ def read_text(path: Path) -> dict[str, str]:
 def _texts(file: BinaryIO, path: Path) -> dict[str, str]:
     size = path.stat().st_size
     texts: dict[str, str] = {}
+    room = MAX_TEXTS
     for _ in range(MAX_CHUNKS):
         head = file.read(8)
         if len(head) < 8:
@@ -97,6 +100,9 @@ def _texts(file: BinaryIO, path: Path) -> dict[str, str]:
             keyword, text = _decoded(kind, data)
         except (ValueError, zlib.error) as error:
             raise _damaged(path, f"a text in it cannot be read ({error})") from None
+        room -= len(keyword) + len(text)
+        if room < 0:
+            raise _damaged(path, "its texts are longer than 16 MiB together")
         texts.setdefault(keyword, text)
     raise _damaged(path, f"it has more than {MAX_CHUNKS} chunks")
 

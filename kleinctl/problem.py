@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Severity = Literal["error", "warning"]
+
+#: What is shown in the place of a character that would do something.
+UNSHOWN = "\N{REPLACEMENT CHARACTER}"
+_QUOTED = re.compile(r'"[^"\n]*"')
 
 OK, PROBLEMS, MISUSED, BUG, INTERRUPTED = 0, 1, 2, 3, 130  # exit codes, as README documents them
 
@@ -52,6 +57,11 @@ class Problem:
     ref: str | None = None
     evidence: tuple[Evidence, ...] = ()
     remedy: Remedy | None = None
+
+    def __post_init__(self) -> None:
+        """What a shell would run inside quotes, where the fix is pasted, can only come from the name of a file."""
+        fix = _QUOTED.sub(lambda quoted: quoted[0].replace("`", UNSHOWN), self.fix).replace("$(", f"{UNSHOWN}(")
+        object.__setattr__(self, "fix", fix)
 
     @property
     def auto(self) -> bool:

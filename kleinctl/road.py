@@ -92,10 +92,13 @@ def no_way(
     offers = plugins.backends_for(backend)
     job = default_job(model, **changes)
     candidates = compare(offers, model, hardware, job)
+    otherwise = compare(offers, model, hardware, replace(job, precision="")) if job.precision else []
+    if otherwise and not candidates:
+        return not_so_precise(model, backend, job, otherwise)
     if not candidates:
         return KleinctlError(
             Problem(
-                f"{backend or 'no backend'} cannot run {model.name}",
+                f"{backend} cannot run {model.name}" if backend else f"no backend can run {model.name}",
                 f"Its files come for {', '.join(sorted({layout for part in model.parts for layout in part.to}))}.",
                 "kleinctl plugins",
                 name="no-backend",
@@ -112,6 +115,8 @@ def no_way(
     closest = min(candidates, key=lambda each: (each.problem is not None, each.fit.vram_bytes, each.fit.ram_bytes))
     if closest.problem is not None:  # of every backend: its own words and hint tell more than that nothing fits
         return KleinctlError(closest.problem)
+    if not smaller and choose(otherwise) is not None:
+        return not_so_precise(model, backend, job, candidates)
     size = f" at {job.width}x{job.height}" if smaller else ""
     return KleinctlError(
         Problem(
@@ -119,6 +124,21 @@ def no_way(
             closest.why_not or "",
             f"--size {smaller}x{smaller}" if smaller else "kleinctl plan",
             name="does-not-fit",
+        )
+    )
+
+
+def not_so_precise(model: Model, backend: str | None, job: Job, candidates: Sequence[Candidate]) -> KleinctlError:
+    """The problem of a precision that stands in the way of `model`, with the words of each of `candidates`."""
+    drawn = f"{model.name} in {job.precision[:40]!r}"
+    words = list(dict.fromkeys(f"{each.backend}: {each.why_not}" for each in candidates if each.why_not))
+    names = ", ".join(each.backend for each in candidates)
+    return Misuse(
+        Problem(
+            f"{backend} does not draw {drawn}" if backend else f"no backend here draws {drawn}",
+            " ".join(words) or f"What runs it holds weights otherwise: {names}.",
+            "leave --precision out",
+            name="precision-unknown",
         )
     )
 

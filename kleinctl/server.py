@@ -457,7 +457,8 @@ def only_one() -> Iterator[None]:
     try:
         yield
     finally:
-        server_file().unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is a folder, or the disk is read-only now
+            server_file().unlink(missing_ok=True)
         lock.release()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -244,8 +245,8 @@ def place(source: Path, target: Path) -> How:
     source = source.resolve()
     ways = (_hardlink, _reflink, _symlink, _copy) if source.stat().st_size >= LINK_FROM else (_copy,)
     make_folder(target.parent)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with writing(target):
+        beside = _beside(target)
         try:
             for way in ways:
                 with contextlib.suppress(FileNotFoundError):
@@ -262,6 +263,17 @@ def place(source: Path, target: Path) -> How:
     sync_folder(target.parent)
     how: How = way.__name__.strip("_")  # type: ignore[assignment]
     return how
+
+
+def _beside(target: Path) -> Path:
+    """Where `target` is written until it is whole. What a kleinctl that was killed left there is removed: gigabytes."""
+    import psutil
+
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        pid = left.name.split(".")[-2]
+        if pid == str(os.getpid()) or not (pid.isdecimal() and psutil.pid_exists(int(pid))):
+            left.unlink(missing_ok=True)
+    return target.with_name(f".{target.name}.{os.getpid()}.tmp")
 
 
 def can_link(source: Path, target: Path) -> bool:
@@ -306,7 +318,7 @@ def move(source: Path, target: Path) -> None:
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+            beside = _beside(target)
             try:
                 _copy(source, beside)
                 beside.replace(target)

@@ -1,4 +1,4 @@
-"""Bytes, seconds and pixel sizes: read from what people type, written for people to read."""
+"""Bytes, seconds, rates and pixel sizes: read from what people type, written for people to read."""
 
 from __future__ import annotations
 
@@ -54,6 +54,16 @@ def bytes_text(count: float) -> str:
                 f"{value:.2f} {unit}" if value < 10 else f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
             )
     return f"{int(count)} B"
+
+
+def speed_text(rate: float) -> str:
+    """Bytes a second: `24.3 GB/s`."""
+    return f"{rate / 1e9:.1f} GB/s"
+
+
+def work_text(flops: float) -> str:
+    """FLOP a second: `52 TFLOP/s`, `8.1 GFLOP/s`."""
+    return f"{flops / 1e12:.0f} TFLOP/s" if flops > 1e13 else f"{flops / 1e9:.1f} GFLOP/s"
 
 
 def seconds_text(seconds: float) -> str:

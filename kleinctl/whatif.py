@@ -30,8 +30,11 @@ def changed(facts: Facts, settings: Iterable[str]) -> Facts:
 
 
 def _unknown(setting: str, name: str) -> Misuse:
-    what = f"there is nothing called {name!r} to set" if "=" in setting else f"--set {setting} has no value"
-    why = f"What can be set are {', '.join(SETTINGS)}.{did_you_mean(name, SETTINGS)}"
+    known = name in SETTINGS
+    lacks_value = known or "=" not in setting
+    what = f"--set {setting} has no value" if lacks_value else f"there is nothing called {name!r} to set"
+    near = "" if known else did_you_mean(name, SETTINGS)
+    why = f"What can be set are {', '.join(SETTINGS)}, each as NAME=VALUE.{near}"
     return Misuse(Problem(what, why, "kleinctl doctor --set vram_free=6GiB", name="unknown-setting"))
 
 
@@ -128,11 +131,13 @@ def _version(name: str, value: str) -> str:
 
 
 def _gpu(facts: Facts, value: str) -> Facts:
-    """Another card, with the driver that is there."""
+    """Another card, with the driver that is there; where none answers for a card, nothing is known of the driver."""
     imagined, old = imagine(value, None, facts.hardware), facts.hardware.gpus
+    unknown = {} if old else {"libcuda": None, "device_nodes": (), "nouveau": False, "kernel_driver": None}
+    system = replace(facts.system, **unknown)  # type: ignore[arg-type]
     known = {"driver": old[0].driver, "cuda_driver": old[0].cuda_driver} if old else {}
     cards = tuple(replace(gpu, **known) for gpu in imagined.gpus)  # type: ignore[arg-type]
-    return replace(facts, hardware=replace(imagined, gpus=cards, nvml=NvmlState("ok")))
+    return replace(facts, hardware=replace(imagined, gpus=cards, nvml=NvmlState("ok")), system=system)
 
 
 def _platform(facts: Facts, value: str) -> Facts:

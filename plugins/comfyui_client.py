@@ -130,11 +130,12 @@ class Client:
         self.ask("/free", {"unload_models": True, "free_memory": True})
 
     def run(
-        self, graph: Mapping[str, Any], told: Told, queued: Callable[[str], None] = lambda prompt: None
+        self, graph: Mapping[str, Any], told: Told, queued: Callable[[str | None], None] = lambda prompt: None
     ) -> list[File]:
         """Queue a graph, and wait for its files; the first is its picture, if there is one.
 
-        `queued` hears the prompt's id before the server does, so that whoever outlives us can take it back at any time.
+        `queued` hears the prompt's id before the server does, so that whoever outlives us can take it back at any time,
+        and None when it is over; not where the server fell silent, for there it may go on.
 
         What came of it is read from the history; the websocket tells no more than progress, so it may skip and drop.
 
@@ -156,13 +157,16 @@ class Client:
                     queued(prompt)
                 files = _files(self._wait(prompt, events, told))
                 self._last = prompt
-                return files
             except Failed:
+                queued(None)
                 raise
             except BaseException:
                 with contextlib.suppress(Refused, KleinctlError):
                     self.stop(prompt)
+                    queued(None)
                 raise
+            queued(None)
+            return files
 
     def _wait(self, prompt: str, events: _Events, told: Told) -> Mapping[str, Any]:
         """The prompt's entry in the history, once it is there; it is looked for though events come without end."""

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -58,7 +59,7 @@ INPUTS = {
 ODD_BYTES = 2**30
 #: What is shown while somebody else's job is before ours: with its steps, or where ComfyUI does not tell them.
 BEFORE = "queue, the job before this one"
-HIDDEN = "queue, behind a job that shows its steps to its own page alone (Ctrl-C takes this one out)"
+HIDDEN = "queue, behind a job that shows its steps to its own page alone, since {since} (Ctrl-C ends this one alone)"
 #: The oldest compute capability with arithmetic in four bits.
 NVFP4 = (12, 0)
 
@@ -269,7 +270,7 @@ class Session:
     @property
     def versions(self) -> dict[str, str]:
         """What decides how a picture looks: the server's packages, and not this worker's."""
-        return {"comfyui": self.server.version, "torch": self.server.torch}
+        return {"comfyui": self.server.version, "torch": self.server.torch, "python": self.server.python}
 
     def generate(self, job: Job, progress: Any) -> Any:
         progress("load", 0, 1)
@@ -277,6 +278,7 @@ class Session:
             self._reopen()
         elif self._started_anew():
             self._offers, self._loaded = {}, {}
+            self.server.meet()  # it may have been updated
         drawn = self._drawn(job)
         comfyui_files.check(drawn.files, self.model.manifest, editing=bool(job.images), own=not job.workflow)
         if self._replaced(drawn):
@@ -296,8 +298,6 @@ class Session:
             raise self._rejected(api, error) from None
         except Failed as error:
             raise self._failure(api, error.said) from None
-        finally:
-            self.server.watch(None)
         progress("decode", 1, 1)
         saved = [file for file in others if file.type == "output"]
         if saved:
@@ -362,7 +362,12 @@ class Session:
         unseen = [load.name for load, path in places.items() if path is None and Path(load.name).suffix]
         if unseen and self.checkout is not None:
             self._say(f"not looked at before the run, for it was not found on the disk: {', '.join(unseen)}")
-        return Drawn(api, {load: path for load, path in places.items() if path is not None})
+        files = {load: path for load, path in places.items() if path is not None}
+        for load, path in files.items() if not workflow else ():
+            own = self.model.folder / load.kind / path.name
+            if own.is_file() and not comfyui_files.alike(path, own):
+                self._say(f"{path} is what ComfyUI loads; the sha256 in the record is that of another file, {own}")
+        return Drawn(api, files)
 
     def _at_home(self, problem: Problem) -> Problem:
         """The problem with a fix that names this checkout's folder, where it is known."""
@@ -540,7 +545,7 @@ class _Told:
 
     def __init__(self, api: Api, job: Job, progress: Any) -> None:
         self._api, self._job, self._progress, self._stage = api, job, progress, "load"
-        self._jobs = 0
+        self._jobs, self._since = 0, ""
 
     def __call__(self, node: str, value: float, most: float) -> None:
         if not node:
@@ -566,7 +571,10 @@ class _Told:
             self._progress(self._stage, 0, 1)
         else:
             self._jobs = max(self._jobs, value)
-            self._progress(HIDDEN if most == UNSEEN else "queue", self._jobs - value, self._jobs + 1)
+            if most != UNSEEN:  # the queue has moved
+                self._since = time.strftime("%H:%M")
+            stage = HIDDEN.format(since=self._since) if most == UNSEEN else "queue"
+            self._progress(stage, self._jobs - value, self._jobs + 1)
 
 
 def _base(name: str) -> str:

@@ -118,11 +118,13 @@ class Server:
     ours = False
     #: Whether it is a ComfyUI that klein can be drawn with.
     met = False
+    #: Versions of it, its torch and its Python, as it says them.
+    version = torch = python = "unknown"
     #: The folders that it searches by kind, as far as it was asked.
     folders: Mapping[str, Sequence[str]] = {}
 
     def __init__(self, url: str) -> None:
-        self.url, self.version, self.torch = url, "unknown", "unknown"
+        self.url = url
         self.client = Client(url, self.alive)
         self._warden = _Warden({"url": url})
 
@@ -145,7 +147,7 @@ class Server:
         return False
 
     def meet(self) -> None:
-        """Learn its version, and that of its torch.
+        """Learn its version, and those of its torch and its Python.
 
         Raises:
             KleinctlError: it is older than klein, or no ComfyUI.
@@ -161,6 +163,7 @@ class Server:
             raise KleinctlError(Problem(what, why, fix, name="comfyui-failed"))
         self.version = str(system.get("comfyui_version") or "unknown")[:40]
         self.torch = str(system.get("pytorch_version") or "unknown")[:40]
+        self.python = (str(system.get("python_version") or "").split() or ["unknown"])[0][:40]
         check_version(self.version)
         self.met = True
 
@@ -190,7 +193,7 @@ class Started(Server):
 
     def __init__(self, checkout: comfyui.Checkout, budget: Budget, paths: Path | None) -> None:
         port, folder = _free_port(), comfyui.folder() / "run"
-        self.url, self.version, self.torch = f"http://127.0.0.1:{port}", "unknown", "unknown"
+        self.url = f"http://127.0.0.1:{port}"
         self.client = Client(self.url, self._silent)
         self._place, self._ready = checkout.path, False
         #: Where in the log begins what was said since the last job was sent.

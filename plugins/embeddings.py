@@ -79,10 +79,11 @@ class Embeddings:
         path = self._folder / f"{key}.safetensors"
         try:
             with safe_open(path, "pt") as file:
-                found, written = file.get_tensor("embedding"), file.metadata()["sha256"]
-            os.utime(path)
+                found, written = file.get_tensor("embedding").clone(), file.metadata()["sha256"]
         except (OSError, SafetensorError, KeyError, TypeError):  # TypeError: it has no metadata
             return None
+        with contextlib.suppress(OSError):  # the folder may be for reading only
+            os.utime(path)
         return found if _sha256(found) == written else None
 
     def _write(self, key: str, embedding: Any) -> None:

@@ -25,6 +25,8 @@ STEP, NEARLY = 0.95, 1.03
 TILED = 1.78
 #: Slots of the ring through which blocks stream: one is filled while another computes; with a single one they wait.
 SLOTS = (2, 1)
+#: How near to the least of the device the smallest plan is looked for, in bytes.
+NEAR_BYTES = 64 * 2**20
 #: On a card, bytes that are lost at the edges of what is free: torch maps memory in pieces of 20 MiB, and those that
 #: something still lies in stay (0.16 GiB where 0.23 in one piece were wanted, klein-4b at 1536x1536).
 EDGE_BYTES = 96 * 2**20
@@ -177,14 +179,37 @@ def fastest(task: Task, room: int, host: int, ways: Iterable[str] = WAYS) -> Hol
 
 def smallest(task: Task, host: int, ways: Iterable[str] = WAYS) -> Holding:
     """The way that takes the least of the device; of the host at most `host` bytes where that is possible."""
-    found = list(_plans(task, 0, tuple(ways), tiles=True, slots=min(SLOTS)))
+
+    def least(room: int) -> list[Holding]:
+        """The plans for `room`, those that take the least of the device first."""
+        plans = _plans(task, room, tuple(ways), tiles=True, slots=min(SLOTS))
+        return sorted(plans, key=lambda each: (each.vram_bytes, each.host_bytes))
+
+    found = least(0)
     within = [each for each in found if each.host_bytes <= host]
-    return min(within or found, key=lambda each: (each.vram_bytes, each.host_bytes))
+    if not within or within[0] == found[0]:
+        return (within or found)[0]
+    low, best = found[0].vram_bytes, within[0]  # the more stays on the device, the less waits on the host
+    while best.vram_bytes - low > NEAR_BYTES:
+        room = (low + best.vram_bytes) // 2
+        fitting = [each for each in least(room) if each.vram_bytes <= room and each.host_bytes <= host]
+        low, best = (low, fitting[0]) if fitting else (room, best)
+    return best
 
 
 def best(task: Task, room: int, host: int, ways: Iterable[str] = WAYS) -> Holding:
     """The fastest plan that fits; where none does, the smallest."""
     return fastest(task, room, host, ways) or smallest(task, host, ways)
+
+
+def to_speak_of(task: Task, room: int, host: int, ways: Iterable[str] = WAYS) -> Holding:
+    """The fastest plan that fits; where none does and only the host is short, the one that takes the least of it."""
+    found = fastest(task, room, host, ways)
+    if found is None:
+        plans = _plans(task, room, tuple(ways), tiles=True, slots=min(SLOTS))
+        in_room = [each for each in plans if each.vram_bytes <= room]
+        found = min(in_room, key=lambda each: each.host_bytes) if in_room else smallest(task, host, ways)
+    return found
 
 
 def smaller(task: Task, than: Holding, host: int, ways: Iterable[str] = WAYS) -> Holding | None:

@@ -28,7 +28,9 @@ TILE, OVERLAP = 512, 128
 #: tried in turn, and torch takes a lack of room for their workspaces as "no engine".)
 NO_MEMORY = (
     "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "was unable to find an engine to execute this computation",
 )
@@ -68,7 +70,7 @@ class StagedDecode:
         on_card = hardware.gpu is not None and "cuda" in model.devices
         task, ram = Task.of(model, hardware, job), hardware.ram_available_bytes - memory.PROCESS_BYTES
         if hardware.gpu is not None and on_card:
-            plan = holding.best(task, memory.usable_vram(hardware.gpu), ram)
+            plan = holding.to_speak_of(task, memory.usable_vram(hardware.gpu), ram)
             vram, host = plan.vram_bytes, plan.host_bytes + memory.PROCESS_BYTES
         else:
             plan = holding.best(task, ram, UNBOUNDED, CPU_WAYS)
@@ -76,13 +78,12 @@ class StagedDecode:
             if "cpu" not in model.devices:  # it would be streamed to a card, if there were one
                 vram = memory.CONTEXT_BYTES + plan.vram_bytes
         why_not = unoffered(model, job, FP8) or memory.lacking(model, hardware, vram_bytes=vram, ram_bytes=host)
-        compute = memory.compute_seconds(model, hardware, job)
         weights = memory.text_encoder_bytes(model) + model.shape.transformer_bytes + model.shape.vae_bytes
         return Fit(
             vram_bytes=vram,
             ram_bytes=host,
             disk_bytes=model.bytes(self.layout),
-            seconds_first=_first_seconds(weights, hardware) + compute,
+            seconds_first=_first_seconds(weights, hardware) + plan.seconds,
             seconds_next=plan.seconds,
             fits=why_not is None,
             strategy=plan.strategy,
@@ -135,9 +136,10 @@ class Session:
         self.tiling: tuple[int, int] | None = None
         self._said_pinning = False
         self._dtype = getattr(torch, model.manifest.dtype)
-        self._room = self._whole_room = budget.vram_bytes if self.on_card else budget.ram_bytes
+        ram = max(0, budget.ram_bytes - memory.PROCESS_BYTES)
+        self._room = self._whole_room = budget.vram_bytes if self.on_card else ram
         self._wary = 0
-        self._host = max(0, budget.ram_bytes - memory.PROCESS_BYTES) if self.on_card else UNBOUNDED
+        self._host = ram if self.on_card else UNBOUNDED
         self._hardware = budget.hardware or _hardware(budget)
         self._embeddings = Embeddings(model, budget.device)
         self._denoised: dict[Job, Any] = {}
@@ -219,7 +221,6 @@ class Session:
             latents = self._denoised.pop(job, None)
             if latents is None:
                 latents, plan = self._latents(job, plan, progress)
-            latents = latents.to(self.budget.device)
             picture, plan = self._staged(lambda plan: self._decode(plan, latents, progress), plan, job)
             self._come_back(plan)
         self.strategy = plan.strategy
@@ -250,12 +251,13 @@ class Session:
 
         What cannot come now is not missed before the next picture.
         """
-        import torch
-
-        with contextlib.suppress(torch.OutOfMemoryError, OSError):
+        try:
             self._hold(plan, self.transformer, plan.transformer.kept)
             if plan.encoder.way == "resident":
                 self._hold(plan, self.encoder, plan.encoder.resident)
+        except (RuntimeError, OSError) as error:
+            if isinstance(error, RuntimeError) and not _ran_out(error):
+                raise
 
     def _hold(self, plan: Holding, component: Component, resident: Sequence[str]) -> None:
         """Hold `resident` on the device, and on the host what the plan says; what an earlier plan left there goes."""
@@ -344,7 +346,7 @@ class Session:
         self._hold(plan, self.encoder, plan.encoder.resident)
         progress("encode", 0, 1)
         limit = self.model.manifest.defaults.max_prompt_tokens
-        with self.encoder.streaming(plan.slots):
+        with self.encoder.streaming(plan.slots, len(prompts)):
             for prompt in prompts:
                 made = self.pipe.encode_prompt(prompt=prompt, device=self.budget.device, max_sequence_length=limit)[0]
                 self._embeddings.put(prompt, made.cpu(), precision)
@@ -359,12 +361,15 @@ class Session:
         self.encoder.drop(name for name in self.encoder.units if name not in beside)
         if references:
             self._make_way(plan)
+        forwards = job.steps * (1 if embeds[1] is None else 2)
         with contextlib.ExitStack() as stack:
 
             def come(module: Any, *arguments: Any) -> None:
                 first.remove()
+                if plan.transformer.way == "streamed":  # the ring's slots find their room in one piece as well
+                    self._release()
                 self._hold(plan, self.transformer, plan.transformer.resident)
-                stack.enter_context(self.transformer.streaming(plan.slots))
+                stack.enter_context(self.transformer.streaming(plan.slots, forwards))
                 progress("denoise", 0, job.steps)
 
             def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -395,6 +400,7 @@ class Session:
     def _decode(self, plan: Holding, latents: Any, progress: Any) -> Any:
         progress("decode", 0, 1)
         self._make_way(plan)
+        latents = latents.to(self.budget.device)
         decoded = None if plan.tiles else self._decode_whole(latents)
         if decoded is None:
             decoded = self._decode_in_tiles(latents)
@@ -403,12 +409,13 @@ class Session:
         return picture
 
     def _decode_whole(self, latents: Any) -> Any:
-        """Beside the weights that the plan keeps; where that does not fit, alone; None where neither does."""
-        for _ in range(2):
+        """Beside the weights that the plan keeps; where that does not fit, alone; None where tiles are left to try."""
+        for alone in (False, True):
             try:
                 return self.vae.decode(latents, return_dict=False)[0]
             except RuntimeError as error:
-                if not _ran_out(error):
+                one_tile = max(latents.shape[-2:]) <= TILE // 8
+                if not _ran_out(error) or (alone and one_tile):
                     raise
             self._let_go()  # after the error is gone, for until then it holds what was being computed
             self._warn("VRAM ran out while the picture was decoded; weights made way for it")

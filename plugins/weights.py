@@ -168,15 +168,18 @@ class Component:
             unit.packed = packed
 
     @contextlib.contextmanager
-    def streaming(self, slots: int) -> Iterator[None]:
+    def streaming(self, slots: int, forwards: int) -> Iterator[None]:
         """While this lasts, units that are not on the device come and go through a ring of slots as they are used.
 
-        Those that are held as fp8 are expanded as they are used, wherever they are.
+        So many `forwards` are expected: after the last of them nothing comes for another. Units that are held as fp8
+        are expanded as they are used, wherever they are.
         """
         with contextlib.ExitStack() as stack:
             stack.callback(self._expand_resident().close)
-            ring = Ring([unit for name, unit in self.units.items() if name and unit.device is None], self.device, slots)
+            streamed = [unit for name, unit in self.units.items() if name and unit.device is None]
+            ring = Ring(streamed, self.device, slots, forwards)
             stack.callback(ring.close)
+            ring.begin()
             yield
 
     def _expand_resident(self) -> contextlib.ExitStack:
@@ -198,16 +201,17 @@ class Component:
 
 
 class Ring:
-    """Slots on the device through which units stream, in the order of use and round again."""
+    """Slots on the device through which units stream, in the order of use, as often as there are `forwards`."""
 
-    def __init__(self, units: Sequence[Unit], device: Any, slots: int) -> None:
+    def __init__(self, units: Sequence[Unit], device: Any, slots: int, forwards: int) -> None:
         import torch
 
-        self.units = list(units)
+        self.units, self._forwards = list(units), forwards
         self._hooks: list[Any] = []
         self._cuda = device.type == "cuda"
         self._free: deque[tuple[Any, Any]] = deque()
         self._ready: dict[str, tuple[Any, Any]] = {}
+        self._coming: deque[Unit] = deque()
         if not self.units:
             return
         size = max(unit.bytes for unit in self.units)
@@ -217,10 +221,13 @@ class Ring:
             start.record()
         for _ in range(min(slots, len(self.units))):
             self._free.append((torch.empty(size, dtype=torch.uint8, device=device), start))
-        self._coming = deque(self.units)
         for unit in self.units:
             self._hooks.append(unit.module.register_forward_pre_hook(lambda *_, unit=unit: self._before(unit)))
             self._hooks.append(unit.module.register_forward_hook(lambda *_, unit=unit: self._after(unit)))
+
+    def begin(self) -> None:
+        """Let units come, as far as there are slots."""
+        self._coming.extend(self.units * self._forwards)
         while self._free and self._coming:
             self._fetch()
 
@@ -248,6 +255,8 @@ class Ring:
     def _before(self, unit: Unit) -> None:
         import torch
 
+        if not self._ready:  # one forward more than was expected
+            self.begin()
         slot, copied = self._ready[unit.name]
         if copied is not None:
             torch.cuda.current_stream().wait_event(copied)
@@ -261,9 +270,8 @@ class Ring:
             done.record()
         unit.unbind()
         self._free.append((slot, done))
-        if not self._coming:
-            self._coming.extend(self.units)
-        self._fetch()
+        if self._coming:
+            self._fetch()
 
     def close(self) -> None:
         """Take the hooks off and let the slots go."""
@@ -414,17 +422,21 @@ class Reader:
         with torch.cuda.stream(torch.cuda.Stream(self.device)) as _:
             stream = torch.cuda.current_stream()
             stream.wait_event(self._start)
-            for start in range(0, len(target), SLOT_BYTES):
-                part = target[start : start + SLOT_BYTES]
-                memory, sent = self._slots.popleft()
-                try:
-                    sent.synchronize()
-                    pread(path, offset + start, memoryview(memory[: len(part)].numpy()))
-                    part.copy_(memory[: len(part)], non_blocking=True)
-                    sent.record()
-                finally:
-                    self._slots.append((memory, sent))
-            stream.synchronize()
+            try:
+                for start in range(0, len(target), SLOT_BYTES):
+                    self._through_slot(path, offset + start, target[start : start + SLOT_BYTES])
+            finally:  # also where a read failed: what was sent before it is still being written to the buffer
+                stream.synchronize()
+
+    def _through_slot(self, path: Path, offset: int, part: Any) -> None:
+        memory, sent = self._slots.popleft()
+        try:
+            sent.synchronize()
+            pread(path, offset, memoryview(memory[: len(part)].numpy()))
+            part.copy_(memory[: len(part)], non_blocking=True)
+            sent.record()
+        finally:
+            self._slots.append((memory, sent))
 
     def close(self) -> None:
         """Give the memory back."""

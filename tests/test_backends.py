@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from kleinctl_plugins import holding
 
-from kleinctl import Budget, InstalledModel, Job, KleinctlError, manifest
+from kleinctl import Budget, InstalledModel, Job, KleinctlError, manifest, memory
 from kleinctl.backends import Backend
 from kleinctl.hardware import imagine
 from kleinctl.plugins import Plugins
@@ -52,7 +52,7 @@ def held(*ways: str, room: int) -> Any:
     """staged-decode with weights held in these ways, as it holds them on a card."""
     from kleinctl_plugins.staged_decode import Session
 
-    return Session(TINY, Budget(0, room, "cpu"), ways)
+    return Session(TINY, Budget(0, room + memory.PROCESS_BYTES, "cpu"), ways)
 
 
 def on_device(session: Any) -> int:
@@ -203,14 +203,24 @@ def test_memory_that_is_gone_when_the_weights_come_back_costs_no_picture(session
 
 def test_memory_that_runs_out_while_decoding_costs_no_finished_step():
     tight = held("resident", room=PLENTY)
+    wide = replace(CIRCLE, width=528)
     fails(tight.vae.decoder, times=2)
     steps: list[int] = []
-    tight.generate(CIRCLE, lambda stage, done, total: steps.append(done) if stage == "denoise" else None)
+    tight.generate(wide, lambda stage, done, total: steps.append(done) if stage == "denoise" else None)
     assert steps == [0, 1, 2, 3, 4]  # each once
     assert tight.tiling == (512, 128)
     assert "decoded in tiles" in tight.warnings[1]
     draw(tight, CIRCLE)
     assert (tight.tiling, tight.warnings) == (None, [])
+    tight.close()
+
+
+def test_a_picture_that_is_one_tile_is_never_said_to_be_of_several():
+    tight = held("resident", room=PLENTY)
+    fails(tight.vae.decoder, times=2)
+    picture = draw(tight, CIRCLE)
+    assert tight.tiling is None and not any("tiles" in each for each in tight.warnings)
+    assert same([picture, draw(tight, CIRCLE)])
     tight.close()
 
 

@@ -21,7 +21,7 @@ from kleinctl.batch import changes, demands, parse, read, tasks
 from kleinctl.cli.progress import Pace
 from kleinctl.cli.steps import stage_text
 from kleinctl.generate import CHUNK, Failure, Step
-from kleinctl.hardware import imagine
+from kleinctl.hardware import Hardware, imagine
 from kleinctl.planner import compare, default_job, precisions
 from kleinctl.plugins import Plugins
 from kleinctl.problem import KleinctlError, Misuse, Problem
@@ -298,6 +298,34 @@ def test_a_precision_that_a_backend_does_not_have():
     road.check_precision(plugins, fine, "fp8")
     with pytest.raises(Misuse, match="Did you mean fp8"):
         road.check_precision(plugins, fine, "fp9")
+
+
+@pytest.mark.parametrize(
+    ("asked", "backend", "what", "words"),
+    [
+        ("bf16", None, "no backend here draws klein-tiny in 'bf16'", "klein-tiny runs in fp32"),
+        (
+            "bf16",
+            "diffusers-offload",
+            "diffusers-offload does not draw klein-tiny in 'bf16'",
+            "klein-tiny runs in fp32",
+        ),
+        ("nvfp4", None, "no backend here draws klein-tiny in 'nvfp4'", "staged-decode"),
+    ],
+)
+def test_a_precision_that_a_model_does_not_have_is_no_matter_of_the_machine(asked, backend, what, words):
+    plugins = Plugins(frozenset())
+    machine = Hardware(ram_bytes=16 * GIB, ram_available_bytes=16 * GIB)
+    problem = road.no_way(plugins, plugins.models["klein-tiny"], backend, machine, {"precision": asked}).problem
+    assert (problem.what, problem.name, problem.fix) == (what, "precision-unknown", "leave --precision out")
+    assert words in problem.why
+
+
+def test_files_that_no_backend_reads(monkeypatch):
+    plugins = Plugins(frozenset())
+    monkeypatch.setattr(plugins, "backends_for", lambda name: [plugins.backend("comfyui")])
+    problem = road.no_way(plugins, plugins.models["klein-tiny"], None, Hardware(), {}).problem
+    assert (problem.what, problem.name) == ("no backend can run klein-tiny", "no-backend")
 
 
 # As it is typed

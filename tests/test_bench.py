@@ -15,13 +15,14 @@ import pytest
 
 from kleinctl import bench, store
 from kleinctl.backends import Fit, Job
-from kleinctl.cli.bench import row
+from kleinctl.cli.bench import check_files, row
 from kleinctl.environment import Environment
 from kleinctl.hardware import Gpu, imagine
 from kleinctl.plugins import Plugins
 from kleinctl.problem import KleinctlError, Misuse
 from kleinctl.road import Way
 from kleinctl.units import GIB
+from kleinctl.worker.chart import most
 from tests.comfyui_double import Double
 from tests.test_cli import conforms
 
@@ -230,6 +231,21 @@ def test_a_chart_that_cannot_be_drawn(tmp_path):
     with pytest.raises(KleinctlError) as raised:
         bench.chart(tmp_path / "missing.json", tmp_path / "chart.png", Path(sys.executable))
     assert raised.value.problem.name == "bench-chart"
+
+
+@pytest.mark.parametrize("option", ["-o", "--chart"])
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(option, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(KleinctlError) as raised:
+        check_files(*([tmp_path / "file" / "x"] if option == "-o" else [None, tmp_path / "file" / "x"]))
+    assert raised.value.problem.name == "output-unwritable"
+    check_files(None, tmp_path / "new" / "chart.png")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_prediction_longer_than_its_bar_is_on_the_chart():
+    assert most([[0.2, 0.4], [0.2, 0.3]]) == 0.4
+    assert most([[0.2, 40.0]]) == pytest.approx(0.6), "but leaves something of the bar"
 
 
 def test_a_chart_of_lines_that_failed_and_lines_that_did_not(tmp_path, klein):

@@ -73,6 +73,33 @@ def test_a_misspelled_command_gets_the_nearest_one_and_exit_code_2(kleinctl):
     assert "Traceback" not in answer.stderr
 
 
+def test_no_command_at_all_gets_the_help_and_no_error(kleinctl):
+    answer = kleinctl()
+    assert (answer.exit_code, answer.stdout) == (2, "")
+    assert answer.stderr.startswith("Usage: kleinctl [OPTIONS] COMMAND")
+    assert answer.stderr.endswith("Print the line that completes commands in your shell.\n")
+
+
+@pytest.mark.parametrize("command", ["up", "run"])
+def test_a_prompt_without_quotes_gets_them(kleinctl, command):
+    answer = kleinctl(command, "a", "red", "circle", "--seed", "3")
+    assert answer.exit_code == 2
+    assert f'hint: kleinctl {command} "a red circle"\n' in answer.stderr
+
+
+def test_an_option_without_its_value_points_at_the_help_of_its_command(kleinctl):
+    answer = kleinctl("plan", "--gpu")
+    assert (answer.exit_code, answer.stderr.splitlines()[-1]) == (2, "hint: kleinctl plan --help")
+
+
+@pytest.mark.parametrize(("command", "words"), [("models", "klein-base-9b"), ("plugins", "diffusers-offload")])
+def test_names_are_whole_in_60_columns(kleinctl, monkeypatch, command, words):
+    monkeypatch.setenv("COLUMNS", "60")
+    shown = kleinctl(command).stdout
+    assert words in shown
+    assert "…" not in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -241,6 +268,50 @@ def test_every_command_in_a_hint_can_be_typed():
     assert checked > 15
 
 
+def settings(home, text):
+    (home / "kleinctl").mkdir()
+    (home / "kleinctl" / "config.toml").write_text(text)
+
+
+def test_a_setting_that_is_misspelt_is_named_with_the_one_that_was_meant(kleinctl, empty_home):
+    settings(empty_home, '[plan]\nmodle = "klein-4b"\n')
+    answer = kleinctl("plan", "--gpu", "RTX 4070")
+    assert answer.exit_code == 1
+    assert "[plan] has 'modle'; options stand there. Did you mean model?" in answer.stderr
+    assert kleinctl("undo", "--list").exit_code == 0
+
+
+def test_a_setting_with_a_value_that_cannot_be_is_not_called_mistyped_in_the_command(kleinctl, empty_home):
+    settings(empty_home, '[run]\nsteps = "many"\n')
+    answer = kleinctl("run", "a cat")
+    file = empty_home / "kleinctl" / "config.toml"
+    assert answer.exit_code == 2
+    assert f"It stands below [run] in {file}" in answer.stderr
+    assert f"hint: correct {file}\n" in answer.stderr
+
+
+def test_a_setting_may_be_spelt_as_its_option_is(kleinctl, empty_home):
+    settings(empty_home, '[doctor]\nvram-limit = "nonsense"\n')
+    assert "'nonsense' is no amount of memory" in kleinctl("doctor").stderr
+
+
+def test_what_doctor_says_to_type_next_has_the_log_that_showed_the_problem(kleinctl, tmp_path):
+    from kleinctl.fixes.request import shell
+
+    log = tmp_path / "my log.txt"
+    log.write_text("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n")
+    answer = kleinctl("doctor", "--log", str(log))
+    assert f"can be fixed by: kleinctl doctor --log {shell(log)} --fix --dry-run" in answer.stderr
+    pretended = kleinctl("doctor", "--log", str(log), "--set", "ram_available=4GiB")
+    assert "--fix" not in pretended.stderr
+
+
+def test_a_model_of_which_not_all_sizes_are_known_is_larger_than_their_sum(kleinctl):
+    shown = [line.split() for line in kleinctl("models").stdout.splitlines()]
+    assert ["klein-base-9b", "diffusers", "over", "16.6", "GB"] in [line[:5] for line in shown]
+    assert ["klein-4b", "diffusers", "16.0", "GB"] in [line[:4] for line in shown]
+
+
 def test_a_setting_outside_a_table_is_named(kleinctl, empty_home):
     folder = empty_home / "kleinctl"
     folder.mkdir()
@@ -252,7 +323,7 @@ def test_a_setting_outside_a_table_is_named(kleinctl, empty_home):
 def test_uninstall_with_nobody_to_ask_wants_yes(kleinctl):
     answer = kleinctl("uninstall", "klein-tiny")
     assert answer.exit_code == 2
-    assert "hint: add --yes" in answer.stderr
+    assert "hint: kleinctl uninstall klein-tiny --yes\n" in answer.stderr
 
 
 def test_text_from_strangers_cannot_steer_the_terminal(capsys):

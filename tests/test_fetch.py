@@ -210,6 +210,20 @@ def test_too_many_requests_with_a_pause_that_is_too_long(hub: Hub, vae: Part):
     assert "wait 4 min 30 s" in problem.why
 
 
+@pytest.mark.parametrize("said", [{"Retry-After": "9" * 400}, {"ratelimit": f"r=0;t={'9' * 400}"}])
+def test_a_server_that_asks_to_wait_for_ever(hub: Hub, vae: Part, said: dict[str, str]):
+    hub.misbehave("vae.safetensors", "status", times=None, code=429, headers=said)
+    assert refused(vae, ONCE).name == "rate-limited"
+
+
+@pytest.mark.parametrize(
+    "place", ["http://a..b/x", f"http://{'a' * 70}.example/", "http://127.0.0.1:1/\x01", "http://\x7f/"]
+)
+def test_a_redirect_to_an_address_that_no_web_server_has(hub: Hub, vae: Part, place: str):
+    hub.misbehave("vae.safetensors", "status", times=None, code=302, headers={"Location": place})
+    assert "an address that no web server has" in refused(vae, ONCE).why
+
+
 def test_the_hub_has_a_moment_of_weakness(hub: Hub, vae: Part):
     hub.misbehave("vae.safetensors", "status", code=503, times=2)
     assert got(vae) == BYTES

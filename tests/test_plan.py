@@ -54,4 +54,27 @@ def test_every_figure_and_every_bar_is_there_on_a_console_of_any_width(kleinctl,
     bars = [line for line in answer.splitlines() if "|" in line]
     assert len(figures) == 3 + 2 * 2 and len(bars) == 2 * 3 + 2
     assert all(len(line.rstrip()) <= columns for line in [titles, *figures, *bars])
-    assert all(line.split()[-1] in ("yes", "no") for line in figures[:3])
+    assert all(line.split()[-1] in ("yes", "no", "?") for line in figures[:3])
+
+
+def test_what_could_not_be_checked_is_not_called_unfit(kleinctl):
+    answer = kleinctl("plan", "--gpu", "RTX 4090", "--ram", "64", "--model", "klein-4b", "--backend", "comfyui")
+    figures = [line for line in answer.stdout.splitlines() if line.split()[:1] == ["comfyui-fp8"] and "x" in line]
+    assert [line.split()[-1] for line in figures if line.rstrip().endswith("?")] == ["?"] * 4
+    assert "comfyui-fp8 could not be checked: " in answer.stdout and "no: " not in answer.stdout
+    assert answer.exit_code == 1 and "Nothing that could be checked would run." in answer.stdout
+    chosen = kleinctl("plan", "--gpu", "RTX 3060", "--ram", "32", "--model", "klein-4b", "--size", "1024").stdout
+    assert "nothing else fits here" not in chosen
+
+
+def test_a_reason_says_for_which_sizes_it_goes(kleinctl):
+    answer = kleinctl("plan", "--gpu", "RTX 3050", "--ram", "32", "--model", "klein-4b", "--backend", "diffusers")
+    told = [line for line in answer.stdout.splitlines() if ", no: " in line]
+    assert [line.split(",")[0] for line in told] == [
+        f"diffusers-offload at {side}x{side}" for side in (512, 1024, 1536, 2048)
+    ]
+
+
+def test_a_card_without_a_name(kleinctl):
+    answer = kleinctl("plan", "--gpu", "")
+    assert (answer.exit_code, answer.stdout) == (2, "") and "[unknown-gpu]" in answer.stderr

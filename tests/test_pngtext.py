@@ -95,6 +95,12 @@ def test_a_text_that_unfolds_to_gigabytes(tmp_path):
         assert "unfolds to more than" in problem_of(write(tmp_path, png(chunk(kind, head + bomb)))).why
 
 
+def test_many_texts_that_unfold_to_gigabytes_together(tmp_path):
+    text = zlib.compress(b"A" * MAX_TEXT_BYTES)
+    bombs = [chunk(b"zTXt", b"%d\0\0" % number + text) for number in range(17)]
+    assert "longer than 16 MiB together" in problem_of(write(tmp_path, png(*bombs))).why
+
+
 def test_a_huge_text_is_left_alone(tmp_path):
     path = write(tmp_path, png(plain_text("Huge", "x" * (MAX_TEXT_BYTES + 1)), plain_text("Description", "x")))
     assert read_text(path) == {"Description": "x"}

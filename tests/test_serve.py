@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from kleinctl import serve
+from kleinctl.home import server_file
 from kleinctl.records import read_record
+from kleinctl.server import only_one
 from tests.test_cli import conforms
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals")
@@ -445,3 +447,9 @@ def test_klein_tiny_stays_loaded_and_gives_the_same_file(kleinctl, start, tmp_pa
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert warm["record"] == cold["record"] and warm["strategy"] == cold["strategy"]
     assert server.said.count("256x256") == 1
+
+
+def test_a_folder_where_the_servers_file_would_be(empty_home):
+    server_file().mkdir(parents=True)
+    with only_one():
+        pass

@@ -232,6 +232,16 @@ def test_a_damaged_file_in_the_way_is_replaced(tmp_path: Path):
     assert target.read_bytes() == LARGE
 
 
+def test_what_a_killed_install_left_beside_is_removed_and_what_another_writes_is_not(tmp_path: Path):
+    died = subprocess.Popen([sys.executable, "-c", ""])
+    died.wait()
+    target = tmp_path / "vae [1].safetensors"
+    left, other = (write(tmp_path / f".{target.name}.{pid}.tmp", b"half") for pid in (died.pid, os.getppid()))
+    store.place(write(tmp_path / "a", LARGE), target)
+    assert target.read_bytes() == LARGE
+    assert (left.exists(), other.exists()) == (False, True)
+
+
 @pytest.mark.skipif(not elsewhere(), reason="needs two disks")
 def test_a_copy_on_another_disk_is_linked_and_ours_is_moved(tmp_path: Path):
     folder = elsewhere()

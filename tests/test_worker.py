@@ -1,6 +1,7 @@
 """The worker process: real ones, with backends that paint, fail, crash and hang."""
 
 import contextlib
+import io
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ from kleinctl.units import GIB
 from kleinctl.worker import protocol
 from kleinctl.worker.log import LOGS_KEPT
 from kleinctl.worker.looks import prompt_cut
-from kleinctl.worker.main import Stopwatch
+from kleinctl.worker.main import Line, Stopwatch
 from kleinctl.worker.protocol import Generate, Load, Loaded, Made, Prepare, Prepared
 from tests.models import tiny_model
 
@@ -279,6 +280,18 @@ def read_when_there(path, seconds=10):
             return path.read_text()
         time.sleep(0.02)
     raise AssertionError(f"{path} never came")
+
+
+def test_a_picture_half_written_that_cannot_be_removed_keeps_no_worker_alive(tmp_path, monkeypatch):
+    """Windows removes no file that is being written; the worker would keep the card's memory for ever."""
+    ended = threading.Event()
+    monkeypatch.setattr(os, "getpgrp", lambda: 0, raising=False)
+    monkeypatch.setattr(os, "_exit", lambda status: ended.set())
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as requests:
+        Line(requests, io.BytesIO()).partial = tmp_path  # a folder cannot be removed like a file
+        os.close(writing)
+        assert ended.wait(5)
 
 
 def test_another_environment_gets_kleinctl_and_the_plugin_and_nothing_else(tmp_path, monkeypatch):

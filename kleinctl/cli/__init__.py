@@ -57,6 +57,25 @@ class Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
+def _defaults(command: click.Command, table: dict[str, Any]) -> dict[str, Any]:
+    """Settings by the names that click has for the options: `vram-limit` and `vram_limit` are both --vram-limit.
+
+    Raises:
+        KleinctlError: the command has no such option.
+    """
+    from kleinctl.home import config_file
+    from kleinctl.problem import Problem, did_you_mean
+
+    options = [each for each in command.params if isinstance(each, click.Option)]
+    known = {name.lstrip("-").replace("-", "_"): each.name for each in options for name in (*each.opts, each.name)}
+    for key in table:
+        if key.replace("-", "_") not in known:
+            what = f"{config_file()} has a setting that `kleinctl {command.name}` does not know"
+            why = f"[{command.name}] has {key!r}; options stand there.{did_you_mean(key, known)}"
+            raise KleinctlError(Problem(what, why, f"correct {config_file()}", name="config-broken"))
+    return {known[key.replace("-", "_")]: value for key, value in table.items()}
+
+
 def _version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
         from kleinctl import __version__
@@ -85,7 +104,12 @@ def group(ctx: click.Context, disable: tuple[str, ...], debug: bool) -> None:
         if config_file().exists():
             from kleinctl.config import load_config
 
-            ctx.default_map = load_config(config_file())
+            settings = load_config(config_file())
+            name, typed = ctx.invoked_subcommand, ctx.command
+            command = typed.get_command(ctx, name) if isinstance(typed, Commands) else None
+            if command and name in settings:
+                settings[name] = _defaults(command, settings[name])
+            ctx.default_map = settings
 
 
 def main() -> None:
@@ -101,7 +125,10 @@ def main() -> None:
         output.remark("\ninterrupted")
         sys.exit(INTERRUPTED)
     except click.ClickException as error:
-        output.misuse(error)
+        if len(sys.argv) == 1:  # click raises this too, with all of help as its message
+            click.echo(group.get_help(click.Context(group, info_name="kleinctl")), err=True)
+        else:
+            output.misuse(error)
         sys.exit(MISUSED)
     except KleinctlError as error:
         output.end_with_problem(error.problem)

@@ -96,6 +96,7 @@ def command(
     if calibrate:
         return calibrated(way, hardware, as_json=as_json)
     generate.check_jobs([_first_job(asked)])
+    check_files(out, chart)
     environment = asked.environment(way, hardware)
     lines: list[Line] = []
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -266,6 +267,23 @@ def rate_rows(rates: Rates) -> list[tuple[str, str]]:
         ("worker's start", f"{rates.start_seconds:.1f} s" if rates.start_seconds else ""),
     ]
     return [(head, text) for head, text in rows if text]
+
+
+def check_files(*paths: Path | None) -> None:
+    """Make the folders of the files that are to be written, and try whether that can be done before anything is drawn.
+
+    Raises:
+        Misuse: it cannot.
+    """
+    for path in paths:
+        if path is not None:
+            probe = path.with_name(f".{path.name}.partial")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                probe.write_bytes(b"")
+                probe.unlink()
+            except OSError as error:
+                raise Misuse(_unwritable(path, error)) from None
 
 
 def written(path: Path, document: dict[str, Any]) -> None:

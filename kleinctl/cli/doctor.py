@@ -119,7 +119,10 @@ def command(
     if fix:
         document["fixes"], problems = _fixed(plugins, problems, look, yes=yes, dry_run=dry_run, as_json=as_json)
     elif not as_json:
-        _point_at_fixes(problems, remote=report is not None)
+        seen = {"--comfyui": [comfyui], "--folder": folders, "--workflow": [workflow], "--log": [log]}
+        again = [word for name, paths in seen.items() for path in paths if path for word in (name, str(path))]
+        again += ["--deep"] if deep else []
+        _point_at_fixes(problems, again, remote=bool(report or settings))
     if as_json:
         output.print_json(document)
     errors = [problem for problem in problems if problem.severity == "error"]
@@ -206,11 +209,14 @@ def show(found: Survey, *, verbose: bool = False) -> None:
     show_choice(found)
 
 
-def _point_at_fixes(problems: Sequence[Problem], *, remote: bool) -> None:
-    """One line about what --fix could do."""
+def _point_at_fixes(problems: Sequence[Problem], again: Sequence[str], *, remote: bool) -> None:
+    """One line about what --fix could do; `again` are the options that showed it what is wrong."""
+    from kleinctl.fixes.request import shell
+
     count = sum(problem.auto for problem in problems)
     if count and not remote:
-        output.remark(f"\n{count} of {len(problems)} can be fixed by: kleinctl doctor --fix --dry-run")
+        line = shell("kleinctl", "doctor", *again, "--fix", "--dry-run")
+        output.remark(f"\n{count} of {len(problems)} can be fixed by: {line}")
 
 
 def machine_rows(hardware: Hardware) -> list[tuple[str, str]]:
@@ -218,7 +224,8 @@ def machine_rows(hardware: Hardware) -> list[tuple[str, str]]:
     from kleinctl.units import bytes_text, gib
 
     cards = [
-        f"{gpu.name} ({gpu.arch}), {gib(gpu.vram_free_bytes)} of {gib(gpu.vram_bytes)} VRAM free, driver {gpu.driver}"
+        f"{gpu.name} ({gpu.arch}), {gib(gpu.vram_free_bytes)} of {gib(gpu.vram_bytes)} VRAM free, "
+        f"driver {gpu.driver or 'unknown'}"
         for gpu in hardware.gpus
     ] or [f"no NVIDIA card{''.join(f', {gpu.name}' for gpu in hardware.other_gpus)}"]
     ram = f"{gib(hardware.ram_available_bytes)} of {gib(hardware.ram_bytes)} RAM available"

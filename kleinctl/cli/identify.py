@@ -37,6 +37,6 @@ def command(files: tuple[Path, ...], as_json: bool) -> int:
             role = f" {each.role.replace('-', ' ')}" if each.role not in ("unknown", "vae") else ""
             kind = each.kind if each.kind not in GOOD else f"{each.dtype or each.kind}, {each.layout or each.kind}"
             part = f", {each.part}" if each.part else ""
-            output.answer(f"{each.path}: {named}{role} ({kind}, {bytes_text(each.size_bytes)}{part})")
-            output.answer(f"  {each.saw}")
+            said = f"{each.path}: {named}{role} ({kind}, {bytes_text(each.size_bytes)}{part})\n  {each.saw}"
+            output.answer(output.clean(said))
     return OK if all(each.kind in GOOD for each in found) else PROBLEMS

@@ -9,6 +9,9 @@ import click
 from kleinctl.cli import options, output
 from kleinctl.problem import OK
 
+#: Columns of a terminal that has room for what a job is made with; names come first.
+WIDE = 76
+
 
 @click.command("models", short_help="The models kleinctl knows, and what of them is here.")
 @options.as_json
@@ -45,8 +48,9 @@ def command(as_json: bool) -> int:
         output.print_json({"schema": "kleinctl.models/1", "models": rows})
         return OK
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for title in ("model", "files for", "size", "here", "steps", "guidance", "licence"):
-        table.add_column(title, no_wrap=title != "licence")
+    wide = output.console().width >= WIDE
+    for title in ("model", "files for", "size", "here", *(("steps", "guidance") if wide else ()), "licence"):
+        table.add_column(title, no_wrap=title != "licence", overflow="fold")
     for row in rows:
         here = (
             "yes"
@@ -56,7 +60,10 @@ def command(as_json: bool) -> int:
             else "no"
         )
         licence = f"{row['licence']}{', gated' if row['gated'] else ''}"
-        cells = (row["model"], row["layout"], bytes_text(row["bytes"]), here, row["steps"], row["guidance"], licence)
+        job = (row["steps"], row["guidance"]) if wide else ()
+        parts = plugins.models[row["model"]].parts_for(row["layout"])
+        size = f"{'over ' * any(part.size is None for part in parts)}{bytes_text(row['bytes'])}"
+        cells = (row["model"], row["layout"], size, here, *job, licence)
         table.add_row(*map(str, cells))
     output.console().print(table)
     output.show_problems(plugins.problems)

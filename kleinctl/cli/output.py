@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import sys
 import time
 import traceback
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kleinctl.problem import Problem
+from kleinctl.problem import UNSHOWN, Problem
 
 if TYPE_CHECKING:
     import click
@@ -53,7 +54,12 @@ def json_wanted() -> bool:
 
 def print_json(document: dict[str, Any]) -> None:
     """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    sys.stdout.write(_ACTED_ON.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
+
+
+#: What JSON leaves as it is and a terminal acts on, or cannot show: controls, marks of direction, halves of letters.
+_ACTED_ON = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def answer(text: str, end: str = "\n") -> None:
@@ -64,7 +70,12 @@ def answer(text: str, end: str = "\n") -> None:
 
 def clean(text: str) -> str:
     """`text` without characters that a terminal would act on: it may come from a server, a log or a stranger's file."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    return "".join(letter if letter.isprintable() or letter == "\n" else UNSHOWN for letter in text)
+
+
+def _line(text: str) -> str:
+    """`text` in one line, so that the name of a file is not taken for a hint of ours."""
+    return clean(text).replace("\n", UNSHOWN)
 
 
 def remark(text: str) -> None:
@@ -74,7 +85,7 @@ def remark(text: str) -> None:
 
 def heading(text: str) -> None:
     """The start of a step, on stderr."""
-    err_console().print(text, style="bold", markup=False, soft_wrap=True)
+    err_console().print(clean(text), style="bold", markup=False, soft_wrap=True)
 
 
 def show_problem(problem: Problem, target: Console | None = None) -> None:
@@ -86,7 +97,7 @@ def show_problem(problem: Problem, target: Console | None = None) -> None:
     colour = "red" if problem.severity == "error" else "yellow"
     head = Text(problem.severity, style=f"bold {colour}")
     head.append(f"[{problem.name}]" if problem.name else "", style=colour)
-    head.append(f": {clean(problem.what)}", style="bold")
+    head.append(f": {_line(problem.what)}", style="bold")
     target.print(head, soft_wrap=not target.is_terminal)
     target.print()
     if target.is_terminal:
@@ -116,7 +127,7 @@ def show_problem_line(problem: Problem, target: Console) -> None:
     from rich.text import Text
 
     colour = "red" if problem.severity == "error" else "yellow"
-    head = Text(f"{problem.severity}[{problem.name}]", style=colour).append(f": {clean(problem.what)}", style="default")
+    head = Text(f"{problem.severity}[{problem.name}]", style=colour).append(f": {_line(problem.what)}", style="default")
     target.print(head, soft_wrap=not target.is_terminal)
 
 
@@ -178,10 +189,31 @@ def end_with_problem(problem: Problem) -> None:
 
 def misuse(error: click.ClickException) -> None:
     """What was typed wrongly, and how to see what can be typed."""
+    import click
+
+    from kleinctl.cli import COMMANDS
+
     ctx = getattr(error, "ctx", None)
-    command = ctx.command_path if ctx else "kleinctl"
-    problem = Problem(error.format_message().rstrip("."), "Nothing was run.", f"{command} --help", name="usage")
-    end_with_problem(problem)
+    typed = next((word for word in sys.argv[1:] if word in COMMANDS), "")  # an option without its value has no context
+    command = ctx.command_path if ctx else f"kleinctl {typed}".rstrip()
+    what, why, fix = error.format_message().rstrip("."), "Nothing was run.", f"{command} --help"
+    prompt, words = ctx.params.get("prompt") if ctx else None, re.search(r"extra arguments? \((.+)\)$", what)
+    if prompt and words:
+        why = "Nothing was run. A prompt of several words stands in quotes."
+        fix = f'{command} "{prompt} {words[1]}"'
+    if ctx and isinstance(error, click.BadParameter) and _is_setting(error):
+        from kleinctl.home import config_file
+
+        why, fix = f"It stands below [{ctx.info_name}] in {config_file()}. Nothing was run.", f"correct {config_file()}"
+    end_with_problem(Problem(what, why, fix, name="usage"))
+
+
+def _is_setting(error: click.BadParameter) -> bool:
+    """Whether the value comes from config.toml."""
+    from click.core import ParameterSource
+
+    name = error.param.name if error.param else None
+    return bool(error.ctx and name and error.ctx.get_parameter_source(name) is ParameterSource.DEFAULT_MAP)
 
 
 def our_bug(error: BaseException) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kleinctl.hardware import Hardware
     from kleinctl.planner import Candidate
 
+NOTHING = "Nothing would run."
 #: Sides of the square pictures that the table shows, in pixels.
 SIDES = (512, 1024, 1536, 2048)
 
@@ -43,17 +44,17 @@ def command(
     from kleinctl.survey import best
 
     plugins = Plugins()
-    here = not (gpu or ram)
+    here = gpu is None and ram is None
     machine = options.this_machine() if here else elsewhere(gpu, ram)
     hardware = options.limited(machine, vram_limit, ram_limit)
     models = plugins.models_for(model)
     offers = plugins.backends_for(backend)
-    sizes = [nearest_size(size)[:2]] if size else [(side, side) for side in SIDES]
-    rows = []
-    for width, height in sizes:
-        for each in best(offers, models, hardware, {"width": width, "height": height}, here=here)[0]:
-            row = {"backend": each.backend, "model": each.model, "width": width, "height": height}
-            rows.append({**row, "fit": each.fit.to_json(), "why_not": each.why_not})
+    sizes: list[tuple[Any, Any]] = [nearest_size(size)[:2]] if size else [(side, side) for side in SIDES]
+    rows = [
+        Row(width, height, each)
+        for width, height in sizes
+        for each in best(offers, models, hardware, {"width": width, "height": height}, here=here)[0]
+    ]
     changes = dict(zip(("width", "height"), sizes[0], strict=True)) if size else {}
     compared, choice = best(offers, models, hardware, changes, here=here)
     if as_json:
@@ -61,12 +62,13 @@ def command(
             {
                 "schema": "kleinctl.plan/1",
                 "hardware": hardware.to_json(),
-                "rows": rows,
+                "rows": [row.to_json() for row in rows],
                 "choice": choice.to_json() if choice else None,
             }
         )
     else:
-        show(hardware, rows, f"{choice.candidate.model}: {choice.why}" if choice else "Nothing would run.")
+        none = "Nothing that could be checked would run." if any(row.of.unchecked for row in rows) else NOTHING
+        show(hardware, rows, f"{choice.candidate.model}: {choice.why}" if choice else none)
         drawn = [each for each in compared if verbose or (choice and each == choice.candidate)]
         for each in drawn:
             show_stages(each, hardware, sizes[0] if size else None)
@@ -76,6 +78,30 @@ def command(
     return OK if choice else PROBLEMS
 
 
+@dataclass(frozen=True)
+class Row:
+    """What a picture of one size would take of a candidate."""
+
+    width: int
+    height: int
+    of: Candidate
+
+    @property
+    def size(self) -> str:
+        """`1024x768`."""
+        return f"{self.width}x{self.height}"
+
+    @property
+    def fits(self) -> str:
+        """Whether it would run: yes, no, or that nobody knows."""
+        return "?" if self.of.unchecked else "no" if self.of.why_not else "yes"
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as it stands in `kleinctl.plan/1`."""
+        row = {"backend": self.of.backend, "model": self.of.model, "width": self.width, "height": self.height}
+        return {**row, "fit": self.of.fit.to_json(), "why_not": self.of.why_not}
+
+
 def elsewhere(gpu: str | None, ram: str | None) -> Hardware:
     """The hardware of a machine that is described; what is not said stays as it is here."""
     from kleinctl.hardware import imagine
@@ -83,25 +109,40 @@ def elsewhere(gpu: str | None, ram: str | None) -> Hardware:
 
     amount = None if ram is None else parse_bytes(f"{ram} GiB" if ram.strip()[-1:].isdecimal() else ram)
     none = gpu is not None and gpu.lower() == "none"
-    hardware = imagine(None if none else gpu, amount, None if gpu and ram else options.this_machine())
+    described = gpu is not None and ram is not None
+    hardware = imagine(None if none else gpu, amount, None if described else options.this_machine())
     hardware = replace(hardware, gpus=()) if none else hardware
     return hardware
 
 
-def show(hardware: Hardware, rows: list[dict[str, Any]], why: str) -> None:
+def show(hardware: Hardware, rows: list[Row], why: str) -> None:
     """A table for each model: what each backend would take at each size."""
     from kleinctl.units import bytes_text, gib
 
     card = hardware.gpu
     has = f"{card.name}, {gib(card.vram_free_bytes)} of VRAM free" if card else "no NVIDIA card"
     say(f"{has}, {gib(hardware.ram_available_bytes)} of RAM available")
-    for model in dict.fromkeys(row["model"] for row in rows):
-        own = [row for row in rows if row["model"] == model]
-        say(f"\n{model}, {bytes_text(own[0]['fit']['disk_bytes'])} on disk; VRAM and RAM in GiB")
+    for model in dict.fromkeys(row.of.model for row in rows):
+        own = [row for row in rows if row.of.model == model]
+        say(f"\n{model}, {bytes_text(own[0].of.fit.disk_bytes)} on disk; VRAM and RAM in GiB")
         _show_table(own)
-        for backend, reason in dict.fromkeys((row["backend"], row["why_not"]) for row in own if row["why_not"]):
-            say(f"no: {reason}" if reason.startswith(backend) else f"{backend}, no: {reason}")
+        for text in reasons(own):
+            say(text)
     say(f"\n{why}")
+
+
+def reasons(rows: list[Row]) -> list[str]:
+    """Why rows of one model would not run, or are not known to: each reason once, with the sizes that it goes for."""
+    sizes: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if row.of.why_not:
+            sizes.setdefault((row.of.backend, row.fits, row.of.why_not), []).append(row.size)
+    found = []
+    for (backend, fits, reason), those in sizes.items():
+        every = len(those) == sum(row.of.backend == backend for row in rows)
+        at = "" if every else f" at {', '.join(those)}"
+        found.append(f"{backend}{at}{' ' if fits == '?' else ', no: '}{reason.removeprefix(f'{backend} ')}")
+    return found
 
 
 def say(text: str) -> None:
@@ -168,17 +209,17 @@ def stage_line(stage: Stage, room: int, longest: int, *, narrow: bool = False) -
     return f"{stage.name:8}{figures}\n  {bar.rstrip()}" if narrow else f"{stage.name:8} {bar} {figures}"
 
 
-def _show_table(rows: list[dict[str, Any]]) -> None:
+def _show_table(rows: list[Row]) -> None:
     """What each backend would take at each size; where that is too wide, one table for each backend."""
     if not narrow():
         output.console().print(_table(rows))
         return
-    for backend in dict.fromkeys(row["backend"] for row in rows):
+    for backend in dict.fromkeys(row.of.backend for row in rows):
         say(f"\n{backend}")
-        output.console().print(_narrow_table([row for row in rows if row["backend"] == backend]))
+        output.console().print(_narrow_table([row for row in rows if row.of.backend == backend]))
 
 
-def _narrow_table(rows: list[dict[str, Any]]) -> Table:
+def _narrow_table(rows: list[Row]) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
@@ -186,12 +227,12 @@ def _narrow_table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("fits", no_wrap=True)
     for row in rows:
-        times = (f"{row['fit'][key]:.{1 if row['fit'][key] < 10 else 0}f} s" for key in SECONDS)
-        table.add_row(_size(row), *_memory(row), *times, "no" if row["why_not"] else "yes", style=_style(row))
+        times = (f"{each:.{1 if each < 10 else 0}f} s" for each in _seconds(row))
+        table.add_row(row.size, *_memory(row), *times, row.fits, style=_style(row))
     return table
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
+def _table(rows: list[Row]) -> Table:
     from rich import box
     from rich.table import Table
 
@@ -203,26 +244,24 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("fits", no_wrap=True)
     for row in rows:
-        times = (seconds_text(row["fit"][key]) for key in SECONDS)
-        fits = "no" if row["why_not"] else "yes"
-        table.add_row(row["backend"], _size(row), *_memory(row), *times, fits, style=_style(row))
+        times = map(seconds_text, _seconds(row))
+        table.add_row(row.of.backend, row.size, *_memory(row), *times, row.fits, style=_style(row))
     return table
 
 
-#: Columns of figures, and the keys of a fit that they show.
+#: Columns of figures.
 TITLES = ("VRAM", "RAM", "first", "next")
-MEMORY, SECONDS = ("vram_bytes", "ram_bytes"), ("seconds_first", "seconds_next")
 
 
-def _size(row: dict[str, Any]) -> str:
-    return f"{row['width']}x{row['height']}"
+def _seconds(row: Row) -> tuple[float, float]:
+    return row.of.fit.seconds_first, row.of.fit.seconds_next
 
 
-def _memory(row: dict[str, Any]) -> list[str]:
+def _memory(row: Row) -> list[str]:
     from kleinctl.units import GIB
 
-    return [f"{row['fit'][key] / GIB:.1f}" for key in MEMORY]
+    return [f"{each / GIB:.1f}" for each in (row.of.fit.vram_bytes, row.of.fit.ram_bytes)]
 
 
-def _style(row: dict[str, Any]) -> str | None:
-    return "dim" if row["why_not"] else None
+def _style(row: Row) -> str | None:
+    return "dim" if row.of.why_not else None

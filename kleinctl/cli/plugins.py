@@ -51,7 +51,7 @@ def _show(found: list) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for title in ("plugin", "from", "state", "offers"):
-        table.add_column(title, no_wrap=title != "offers")
+        table.add_column(title, no_wrap=title != "offers", overflow="fold")
     for each in found:
         state = "disabled" if each.disabled else "failed" if each.problem else "ok"
         offers = "; ".join(

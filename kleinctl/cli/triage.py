@@ -86,7 +86,8 @@ def _show_one(each: Judged, verbose: bool) -> None:
         doctor.show_log(logs)
     if each.only_there:
         names = ", ".join(each.only_there)
-        output.console().print(f"\ntold on the machine, and not to be judged from here: {names}", soft_wrap=True)
+        told = f"\ntold on the machine, and not to be judged from here: {names}"
+        output.console().print(output.clean(told), markup=False, soft_wrap=True)
 
 
 def _write_page(path: Path, document: Mapping[str, Any], found: Sequence[Judged], *, alone: bool) -> None:

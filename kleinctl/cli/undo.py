@@ -47,17 +47,18 @@ def command(number: int | None, only_list: bool, dry_run: bool, yes: bool, as_js
     if dry_run:
         told = [f"entry {entry.number} can be undone; nothing was changed"]
         return _answer({**document, "undone": None, "dry_run": True, "would_undo": entry.to_json()}, told, as_json)
-    _ask(yes)
+    _ask(entry.number, yes)
     with journal.locked(output.remark), Bars(in_bytes=True) as bars:
         entry = journal.undo(journal.find(entry.number), shown(bars))
     return _answer({**document, "undone": entry.to_json(), "dry_run": False}, [f"entry {entry.number} undone"], as_json)
 
 
-def _ask(yes: bool) -> None:
+def _ask(number: int, yes: bool) -> None:
     if yes:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise Misuse(Problem("nobody is there to be asked", "Undoing wants a yes.", "add --yes", name="usage"))
+        fix = f"kleinctl undo {number} --yes"
+        raise Misuse(Problem("nobody is there to be asked", "Undoing wants a yes.", fix, name="usage"))
     click.confirm("Undo it?", default=True, abort=True, err=True)
 
 

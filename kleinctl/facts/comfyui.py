@@ -610,6 +610,8 @@ def _scalar(node: Any, about: str) -> str:
 def _text(path: Path, most: int = MAX_SMALL) -> str:
     """The start of a text file; empty where it cannot be read."""
     try:
+        if not path.is_file():  # a pipe would keep us waiting
+            return ""
         with path.open("rb") as file:
             return file.read(most).decode("utf-8", "replace").removeprefix("\ufeff")
     except OSError:

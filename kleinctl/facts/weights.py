@@ -408,7 +408,9 @@ def _missing(folder: Path, component: str) -> Iterator[str]:
 
 def _json(path: Path) -> dict[str, Any]:
     """An object in a small JSON file; empty where there is none."""
-    with suppress(OSError, ValueError, RecursionError), path.open("rb") as file:
-        found = json.loads(file.read(MAX_JSON))
-        return found if isinstance(found, dict) else {}
+    with suppress(OSError, ValueError, RecursionError):
+        if path.is_file():  # a pipe would keep us waiting
+            with path.open("rb") as file:
+                found = json.loads(file.read(MAX_JSON))
+                return found if isinstance(found, dict) else {}
     return {}

@@ -394,7 +394,9 @@ def _dicts(value: Any) -> list[dict[str, Any]]:
 
 
 def _node(found: _Found) -> Node:
-    links = {name: f"{at.node}/{at.slot}" for name, at in found.inputs.items() if isinstance(at, _Link)}
+    links = {
+        name[:100]: f"{at.node[:100]}/{at.slot}"[:200] for name, at in found.inputs.items() if isinstance(at, _Link)
+    }
     plain = {name: at.plain for name, at in found.inputs.items() if isinstance(at, _Value)}
     own = {name: value for name, value in plain.items() if isinstance(value, str) and _private(found.type, name, value)}
     kept = {name: value for name, value in plain.items() if name not in own and isinstance(value, (str, int, float))}

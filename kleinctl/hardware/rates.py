@@ -19,6 +19,8 @@ SCHEMA = "kleinctl.calibration/1"
 FILE = "calibration.json"
 #: A calibration is a page of numbers; what is longer is something else.
 MAX_BYTES = 2**16
+#: Between these lies what any machine reaches, in bytes, FLOP, tokens or pixels a second, or takes, in seconds.
+LEAST, MOST = 1e-15, 1e18
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ class Rates:
     def __post_init__(self) -> None:
         numbers = [value for value in vars(self).values() if isinstance(value, float)]
         points = [number for each in (*self.forward, *self.decode) for number in (each.size, each.flops)]
-        if not all(number > 0 for number in (*numbers, *points)):
-            raise documents.unreadable("rates", "numbers above zero", [*numbers, *points])
+        if not all(LEAST < number < MOST for number in (*numbers, *points)):
+            raise documents.unreadable("rates", "numbers above zero that a machine can reach", [*numbers, *points])
 
     def __bool__(self) -> bool:
         """Whether anything was measured."""

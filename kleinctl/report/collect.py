@@ -168,6 +168,8 @@ def header_digest(path: Path) -> dict[str, Any]:
     `header_sha256` is None where the file cannot be read.
     """
     try:
+        if not path.is_file():  # a pipe would keep us waiting
+            return {"size_bytes": 0, "header_sha256": None}
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(0)

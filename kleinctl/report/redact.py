@@ -97,10 +97,14 @@ _CREDENTIALS = (
         r"|eyJ[\w-]{8,2000}\.[\w-]{4,2000}(?:\.[\w-]{1,2000})?)"
     ),
     re.compile(
-        r"(\bbearer\s+|(?<![A-Za-z])(?:authorization|token|password|passwd|secret|api[-_ ]?key|pwd)[\"']?\s?[=:]\s?"
-        r"(?:bearer\s|basic\s)?[\"']?)([^\s\"',;<>]{6,400})",
+        r"(\bbearer\s+|(?:(?<![A-Za-z])|(?-i:(?<=[a-z])(?=[A-Z])))"
+        r"(?:authorization|token|password|passwd|secret|api[-_ ]?key|pwd)\\*[\"']?\s?[=:]\s?"
+        r"(?:b?\\*[\"'])?(?:(?:bearer|basic|token)\s)?)([^\s\"',;<>]{6,400})",
         re.IGNORECASE,
     ),
+    re.compile(r"(\bcookie\\*[\"']?\s?[=:]\s?(?:b?\\*[\"'])?)([^\s\"'][^\n\"']{5,4000})", re.IGNORECASE),
+    re.compile(r"([?&](?:x-amz-)?(?:signature|sig|credential|policy|key-pair-id)=)([^\s&\"'<>]{6,999})", re.IGNORECASE),
+    re.compile(r"()(?<![\w/.:@-])([\w.+-]{1,64}:[^\s/@\"':]{4,200})(?=@(?!sha256:)[\w-])"),
     re.compile(
         r"((?<!\S)--(?:[a-z]+[-_])*(?:token|password|passwd|secret|api[-_]?key)\s+[\"']?)([^\s\"'-][^\s\"']{5,400})",
         re.IGNORECASE,

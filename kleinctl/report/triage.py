@@ -210,7 +210,10 @@ _IDLE = re.compile(
     r"\.(?:pid|pcie_generation_now|temperature_celsius|executable|requires|uuid|saw|found_by|arch)(?:\.|$)"
     r"|^seconds|disks\.\w+\.path$"
 )
-_CHANGING = re.compile(r"free|available")
+_CHANGING = re.compile(r"free|available|^rates\.")
+#: Measured rates, in bytes and in FLOP a second.
+_BYTES_A_SECOND = re.compile(r"^rates\.(?:pinned|pageable|back|disk|cached)$")
+_FLOP_A_SECOND = re.compile(r"^rates\.(?:encode|\w+\.flops)$")
 
 
 def differences(left: Facts, right: Facts) -> list[Difference]:
@@ -257,19 +260,22 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _is_noise(name: str, a: Any, b: Any) -> bool:
     """Whether two amounts of something that always changes are about the same."""
-    numbers = isinstance(a, int) and isinstance(b, int)
+    numbers = isinstance(a, (int, float)) and isinstance(b, (int, float))
     return bool(numbers and _CHANGING.search(name) and abs(a - b) <= NOISE * max(a, b))
 
 
 def _words(name: str, value: Any) -> str:
-    from kleinctl.units import bytes_text, gib
+    from kleinctl.units import bytes_text, gib, speed_text, work_text
 
+    rates = ((_BYTES_A_SECOND, speed_text), (_FLOP_A_SECOND, work_text))
     if value is None or value in ("", []):
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int) and name.endswith("_bytes"):
         return gib(value) if re.search(r"ram|swap|commit", name) else bytes_text(value)
+    if isinstance(value, float) and (text := next((text for rule, text in rates if rule.search(name)), None)):
+        return text(value)
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

@@ -81,8 +81,8 @@ def amounts(line: dict, key: str) -> list:
 
 def most(pairs: list) -> float:
     """What a whole bar stands for: the largest value, but not so large that the others cannot be told apart."""
-    measured = sorted(pair[0] for pair in pairs if pair[0])
-    return min(measured[-1], CUT * statistics.median(measured)) if measured else 1.0
+    measured = [pair[0] for pair in pairs if pair[0]]
+    return min(max(map(max, pairs)), CUT * statistics.median(measured)) if measured else 1.0
 
 
 def bar(

@@ -90,7 +90,8 @@ class Line:
             if isinstance(message, Close):
                 return
         if self.partial is not None:
-            self.partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # Windows removes no file that is being written
+                self.partial.unlink(missing_ok=True)
         if sys.platform != "win32" and os.getpgrp() == os.getpid():
             os.killpg(os.getpid(), signal.SIGKILL)  # what the backend has started goes as well
         os._exit(1)
@@ -121,16 +122,19 @@ class Stopwatch:
         changed = stage != self.stage
         if changed:
             if self.stage:
-                self.stop()
+                self.stop(
+                    wait=stage != "save"
+                )  # a picture that is saved is on the host; what comes back goes on coming
             self.stage = stage
         now = time.monotonic()
         if changed or done >= total or now - self._sent >= PROGRESS_SECONDS:
             self._sent = now
             self._send(Progress(str(stage), int(done), int(total)))
 
-    def stop(self) -> dict[str, float]:
-        """Seconds by stage until now."""
-        self._synchronize()
+    def stop(self, *, wait: bool = True) -> dict[str, float]:
+        """Seconds by stage until now; without `wait` the GPU may still be at what was queued."""
+        if wait:
+            self._synchronize()
         now = time.perf_counter()
         self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + now - self._since
         self.uses[self.stage] = _most(self.uses.get(self.stage), self._measure())
@@ -199,7 +203,7 @@ class Worker:
             strategy=session.strategy,
             dtype=getattr(session, "dtype", request.model.dtype),
             device=self._device.name,
-            versions={**versions(), **getattr(session, "versions", {})},
+            versions=versions(session),
             seconds=self._watch.stop(),
             warnings=self._new_warnings(),
             stages=self._watch.uses,
@@ -233,9 +237,9 @@ class Worker:
         record = {
             **request.record,
             "strategy": self._session.strategy,
-            "dtype": self._loaded.dtype,
+            "dtype": getattr(self._session, "dtype", self._loaded.dtype),
             "device": self._loaded.device,
-            "versions": self._loaded.versions,
+            "versions": versions(self._session),
             "warnings": [*self._loaded.warnings, *warnings],
         }
         self._line.partial = request.partial
@@ -365,10 +369,13 @@ def _rename(partial: Path, output: Path, first: Path) -> Path:
     raise AssertionError("numbers do not end")
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, kleinctl and the packages that decide what a picture looks like."""
+def versions(session: Any) -> dict[str, str]:
+    """Versions of kleinctl and of what decides how a picture looks: the session's own, else Python's and packages'."""
     from importlib.metadata import PackageNotFoundError, version
 
+    own = getattr(session, "versions", None)
+    if own:
+        return {"kleinctl": __version__, **own}
     found = {"kleinctl": __version__, "python": platform.python_version()}
     for package in RECORDED_PACKAGES:
         with contextlib.suppress(PackageNotFoundError):

@@ -235,7 +235,8 @@ def test_somebody_elses_job_is_waited_for(session, monkeypatch):
     picture = draw(session, told=told)
     ends.join()
     stages = list(dict.fromkeys(stage for stage, _, _ in told if stage.startswith("queue")))
-    assert stages == ["queue", comfyui_fp8.HIDDEN]
+    assert stages[0] == "queue" and stages[1].startswith(comfyui_fp8.HIDDEN.partition("{")[0])
+    assert len(stages) == 2, "since when is told once, and stays"
     assert picture[0] == (128, 96)
 
 

@@ -239,6 +239,13 @@ def test_subgraphs_inside_themselves_end(tmp_path):
     assert "more than 500 subgraphs" in found.error
 
 
+def test_a_workflow_with_names_beyond_reason_goes_into_a_report(tmp_path):
+    nodes = {"6": {"class_type": "X", "inputs": {"n" * 3000: ["9" * 3000, 0]}}}
+    (tmp_path / "w.json").write_text(json.dumps(nodes))
+    found = workflow.read(tmp_path / "w.json")
+    assert documents.read(workflow.Workflow, json.loads(json.dumps(documents.plain(found))), "workflow") == found
+
+
 @pytest.mark.parametrize("links", [[(1, 2, 0, 2, 0)], "none", [[1]], None, [{"id": []}], [[[], {}, 0, 2, []]]])
 def test_links_that_make_no_sense(links, tmp_path):
     document = {"nodes": [node(2, "Reroute", any=1), node(3, "VAEDecode", vae=1), {"id": None}, 7], "links": links}

@@ -133,14 +133,14 @@ def test_a_job_has_its_id_before_it_is_sent_for_whoever_takes_it_back():
     with Double() as double:
         ids = []
         Client(double.url).run(graph(), lambda *event: None, lambda id: ids.append((id, len(double.asked("/prompt")))))
-        assert ids == [(double.asked("/prompt")[0]["prompt_id"], 0)]
+        assert ids == [(double.asked("/prompt")[0]["prompt_id"], 0), (None, 1)]
 
 
 def test_an_older_server_gives_ids_of_its_own():
     with Double(numbers=True) as double:
         ids = []
         Client(double.url).run(graph(), lambda *event: None, ids.append)
-    assert ids[1:] == ["job-101"]
+    assert ids[1:] == ["job-101", None]
 
 
 def test_a_server_that_was_started_anew_has_forgotten_our_job():
@@ -247,6 +247,24 @@ def test_without_a_websocket_a_long_run_is_no_hang(monkeypatch):
     with Double(stuck=True, deaf=True) as double, pytest.raises(KeyboardInterrupt):
         Client(double.url).run(graph(), tell)
     assert told[-1] == ("", 0, 0), "kleinctl goes on saying that it is there"
+
+
+def test_the_job_of_a_server_that_fell_silent_is_left_to_whoever_outlives_us(monkeypatch):
+    """It may go on when the server wakes up."""
+    queued = []
+
+    def silent(self, prompt):
+        raise self._silent("/history gave no answer: timed out")
+
+    with Double() as double, monkeypatch.context() as patch:
+        patch.setattr(Client, "_history", silent)
+        patch.setattr(Client, "stop", silent)
+        with pytest.raises(KleinctlError):
+            Client(double.url).run(graph(), lambda *event: None, queued.append)
+        assert len(queued) == 1 and queued[0] is not None
+        patch.undo()
+        Client(double.url).run(graph(), lambda *event: None, queued.append)
+    assert queued[-1] is None, "one that has ended is over"
 
 
 def test_a_job_that_someone_removed_from_the_queue():

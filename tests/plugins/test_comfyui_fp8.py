@@ -22,11 +22,13 @@ from kleinctl.hardware.catalogue import imagine
 from kleinctl.problem import KleinctlError
 from kleinctl.units import GIB
 from tests import weights
-from tests.comfyui_double import ERRORS, Double, checkout
+from tests.comfyui_double import ERRORS, RECORDED, Double, checkout
 from tests.plugins import comfyui_models as models
 from tests.plugins.comfyui_models import CPU, FILES, NAMES
 
 JOB = Job("a red cube", 128, 96, 7, 4, 1.0)
+#: That of the recorded server.
+PYTHON = json.loads((RECORDED / "system_stats.json").read_text(encoding="utf-8"))["system"]["python_version"].split()[0]
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +139,7 @@ def test_a_picture_comes_with_its_stages(open_session):
     assert loaded["CFGGuider"]["cfg"] == 1.0
     assert "SaveImage" not in loaded, "nothing is left in the user's output folder"
     assert session.dtype == "float8_e4m3fn"
-    assert session.versions == {"comfyui": "0.29.0", "torch": "2.13.0+cpu"}
+    assert session.versions == {"comfyui": "0.29.0", "torch": "2.13.0+cpu", "python": PYTHON}
 
 
 def test_a_base_model_has_an_empty_negative_prompt(open_session):
@@ -416,6 +418,40 @@ def test_a_server_of_the_users_that_was_started_again_has_read_the_new_file(open
     assert problem_of(session).fix == "start ComfyUI again, then the same command"
     double.history.clear()
     assert draw(session)[0].size == (128, 96)
+
+
+def test_a_server_of_the_users_that_was_updated_meanwhile_is_recorded_as_it_is_now(open_session):
+    session, double = open_session()
+    draw(session)
+    double.history.clear()
+    double.options["version"] = "0.31.0"
+    draw(session)
+    assert session.versions["comfyui"] == "0.31.0"
+
+
+def test_a_server_that_loads_another_file_of_the_same_name_is_told_of(open_session, tmp_path):
+    """The record has the sha256 of kleinctl's own file."""
+    session, double = open_session(folders={"diffusion_models": [str(tmp_path / "theirs")]})
+    theirs = models.transformer(tmp_path / "theirs" / place("transformer").name)
+    draw(session)
+    assert session.warnings == [], "a copy is the same"
+    with theirs.open("r+b") as file:
+        file.seek(theirs.stat().st_size // 2)
+        file.write(b"fine-tuned" * 2**16)
+    double.history.clear()  # started again, so that it has read the new one
+    draw(session)
+    said = f"{theirs} is what ComfyUI loads; the sha256 in the record is that of another file, {place('transformer')}"
+    assert session.warnings == [said]
+
+
+def test_who_waits_behind_a_job_without_steps_is_told_since_when():
+    told = []
+    tell = comfyui_fp8._Told({}, JOB, lambda *step: told.append(step))
+    before = time.strftime("%H:%M")
+    for most in (0, comfyui_client.UNSEEN, comfyui_client.UNSEEN):
+        tell("", 1, most)
+    assert told[0] == ("queue", 0, 2) and len(set(told)) == 2, "since when stays the same"
+    assert any(f"since {each} " in told[1][0] for each in (before, time.strftime("%H:%M")))
 
 
 def test_a_file_that_the_running_server_loaded_for_someone_before_it_was_replaced(open_session):

@@ -79,6 +79,27 @@ def test_stepping_down_comes_to_an_end(side, room, host):
     assert seen == sorted(set(seen), reverse=True)
 
 
+@given(
+    st.sampled_from(["klein-4b", "klein-base-4b", "klein-9b"]),
+    SIDES,
+    st.integers(2 * GIB, 24 * GIB),
+    st.integers(GIB, 32 * GIB),
+)
+def test_what_a_card_is_said_to_lack_is_no_more_than_what_would_do(name, side, room, host):
+    one = task(MODELS[name], side)
+    plan, least = holding.fastest(one, room, host), holding.smallest(one, host)
+    assert least.host_bytes <= host
+    assert plan is None or least.vram_bytes <= plan.vram_bytes + holding.NEAR_BYTES
+
+
+def test_a_large_model_with_half_the_ram_it_streams_from_is_not_refused_for_twice_its_need():
+    one = task(MODELS["klein-9b"], 1024)
+    least = holding.smallest(one, 14 * GIB)
+    assert holding.fastest(one, least.vram_bytes, 14 * GIB) is not None
+    assert holding.fastest(one, least.vram_bytes - 2 * holding.NEAR_BYTES, 14 * GIB) is None
+    assert least.transformer.way == "streamed"
+
+
 def test_the_units_of_the_transformer_are_all_of_it():
     for model in MODELS.values():
         units = holding.transformer_units(model)

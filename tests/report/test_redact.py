@@ -67,13 +67,22 @@ def members(data: bytes) -> dict[str, str]:
         ('"widgets_values": ["my boss", "fixed"]', '"widgets_values": PROMPT (20 characters)'),
         ("python make.py -p 'my boss' --seed 1", "python make.py -p 'PROMPT (7 characters)' --seed 1"),
         ("docker run -p 8188:8188", "docker run -p 8188:8188"),
+        ("{'Authorization': 'Bearer opaque-1234567890'}", "{'Authorization': 'Bearer TOKEN_"),
+        (r'{\"authorization\": \"Bearer opaque-1234567890\"}', r'{\"authorization\": \"Bearer TOKEN_'),
+        ("Authorization: token opaque-1234567890", "Authorization: token TOKEN_"),
+        ('"accessToken": "opaque-1234567890"', '"accessToken": "TOKEN_'),
+        ("Set-Cookie: session=opaque-1234567890; Path=/", "Set-Cookie: TOKEN_"),
+        ("GET /x?X-Amz-Signature=opaque1234567890&y=1 HTTP/1.1", "/x?X-Amz-Signature=TOKEN_"),
+        ("using proxy me:opaque12@proxy:8080", "using proxy TOKEN_"),
         ("login --hf-token abcdef123456", "login --hf-token TOKEN_"),
         ("--max-tokens 1000000", "--max-tokens 1000000"),
         ("std::bad_alloc at 12:30:45, 100%|██| 4/4 [00:12<00:00]", "bad_alloc at 12:30:45, 100%|██| 4/4 [00:12<00:00]"),
     ],
 )  # fmt: skip
 def test_a_line_of_a_log(said, kept):
-    assert kept in redactor().text(said)
+    told = redactor().text(said)
+    assert kept in told
+    assert "opaque" not in told
 
 
 def test_the_same_thing_has_the_same_token_and_no_token_twice():
@@ -246,7 +255,24 @@ def test_no_rule_takes_long_on_a_line_that_nearly_matches():
     import time
 
     start = time.perf_counter()
-    for near in ("a/", '"prompt": "', "x@", "%2F", "1.1.", "aa:", "a.txt", "://", "/home/", "C:\\", "a.a", "prompt=['"):
+    for near in (
+        "a/",
+        '"prompt": "',
+        "x@",
+        "%2F",
+        "1.1.",
+        "aa:",
+        "a.txt",
+        "://",
+        "/home/",
+        "C:\\",
+        "a.a",
+        "prompt=['",
+        "token=",
+        "a:a",
+        "cookie",
+        "?sig=",
+    ):
         line = (near * 2000)[:2000]  # `logs.readable` cuts lines there
         redact.Redactor(OWNER).text("\n".join([line] * 10))
     assert time.perf_counter() - start < 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -11,7 +12,9 @@ import jsonschema
 import pytest
 
 from kleinctl.facts import Facts, gather
+from kleinctl.hardware.rates import Rates, Speed
 from kleinctl.plugins import Plugins
+from kleinctl.problem import KleinctlError
 from kleinctl.report import bundle, collect, triage
 from kleinctl.report.collect import Log
 from kleinctl.report.owner import Owner
@@ -113,6 +116,41 @@ def test_memory_that_changes_from_minute_to_minute_is_no_difference():
     machine = machines.hardware()
     later = replace(machine, ram_available_bytes=machine.ram_available_bytes - 2**20)
     assert triage.differences(Facts(machine), Facts(later)) == []
+
+
+def test_measured_rates_are_told_as_people_say_them():
+    fast = Rates(date="d", pinned=2.43e10, disk=6e9, encode=9e12, forward=(Speed(1024, 5.2e13),))
+    slow = replace(fast, pinned=2.4e10, disk=4.5e8, encode=8e11, forward=(Speed(1024, 2e13),))
+    left, right = (Facts(replace(machines.hardware(), rates=rates)) for rates in (fast, slow))
+    assert [(each.name, each.left, each.right) for each in triage.differences(left, right)] == [
+        ("rates.disk", "6.0 GB/s", "0.5 GB/s"),
+        ("rates.encode", "9000.0 GFLOP/s", "800.0 GFLOP/s"),
+        ("rates.forward0.flops", "52 TFLOP/s", "20 TFLOP/s"),
+    ]
+
+
+def test_names_in_a_report_are_no_colours_and_no_links(tmp_path, kleinctl):
+    document = json.loads(bundle._member(machines.report(Facts(machines.hardware())), "report.json"))
+    document["findings"]["seen_there"] = ["[/red]", "[link=http://evil.example]here[/link]"]
+    (tmp_path / "report.json").write_text(json.dumps(document))
+    answer = kleinctl("triage", "report.json")
+    assert (answer.exit_code, answer.stderr) == (0, "")
+    assert "from here: [/red], [link=http://evil.example]here[/link]" in answer.stdout
+
+
+@pytest.mark.parametrize("flops", ["1e999", "1e-300"])
+def test_a_report_with_a_rate_that_no_machine_has(tmp_path, flops):
+    document = json.loads(bundle._member(machines.report(Facts(machines.hardware())), "report.json"))
+    document["facts"]["hardware"]["rates"] = {"date": "d", "forward": [{"size": 1024, "flops": 0.5}]}
+    (tmp_path / "report.json").write_text(json.dumps(document).replace('"flops": 0.5', f'"flops": {flops}'))
+    with pytest.raises(KleinctlError, match="no report that can be read"):
+        bundle.read(tmp_path / "report.json")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes a pipe")
+def test_a_pipe_among_the_weights_has_no_digest(tmp_path):
+    os.mkfifo(tmp_path / "vae.safetensors")
+    assert collect.header_digest(tmp_path / "vae.safetensors") == {"size_bytes": 0, "header_sha256": None}
 
 
 def test_reports_of_the_same_name_are_machines_of_their_own(tmp_path, kleinctl):

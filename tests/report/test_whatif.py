@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from kleinctl.checks import own_checks, run_checks
 from kleinctl.environment import Environment
 from kleinctl.facts import Facts
+from kleinctl.facts.system import System
 from kleinctl.hardware import Hardware
 from kleinctl.problem import Misuse
 from kleinctl.units import GIB
@@ -83,6 +85,27 @@ def test_a_machine_without_a_card_is_given_one():
     with pytest.raises(Misuse):
         changed(bare, ["vram_free=6GiB"])
     assert changed(bare, ["gpu=RTX 4070", "vram_free=6GiB"]).hardware.gpus[0].vram_free_bytes == 6 * GIB
+
+
+def test_nothing_is_wrong_with_the_driver_of_a_card_that_is_only_imagined():
+    bare = Facts(Hardware(platform="linux", container="docker"), system=System(libcuda=False, nouveau=True))
+    asked = [check for check in own_checks() if check.name in ("nvidia-card", "no-driver", "container-without-gpu")]
+    assert [found for each in run_checks(asked, bare.once(), []) for found in each.problems]
+    given = changed(bare, ["gpu=RTX 4070"])
+    assert not [found for each in run_checks(asked, given.once(), []) for found in each.problems]
+    assert changed(given, ["driver=550.90"]).hardware.gpus[0].driver == "550.90"
+
+
+def test_a_setting_without_a_value_is_not_told_to_be_meant():
+    with pytest.raises(Misuse) as caught:
+        changed(CARD, ["vram"])
+    assert "has no value" in caught.value.problem.what
+    assert "Did you mean" not in caught.value.problem.why
+
+
+def test_an_unknown_driver_is_called_so(tmp_path, kleinctl):
+    answer = kleinctl("doctor", "--set", "gpu=RTX 4070")
+    assert "VRAM free, driver unknown\n" in answer.stdout
 
 
 def test_an_unknown_setting_has_a_lasting_name():
