@@ -238,11 +238,16 @@ def cached_rate(rates: Rates) -> float:
     return rates.cached or CACHED_READ_RATE
 
 
+def disk_rate(rates: Rates) -> float:
+    """Bytes a second from a weights file that is on the disk alone: as measured, else DISK_READ_RATE."""
+    return rates.disk or DISK_READ_RATE
+
+
 def read_seconds(count: int, hardware: Hardware, *, warm: bool) -> float:
     """Seconds to read `count` bytes of weights; from the page cache when `warm` and RAM can hold them."""
     if warm and hardware.ram_available_bytes > count + PROCESS_BYTES:
         return count / cached_rate(hardware.rates)
-    return count / (hardware.rates.disk or DISK_READ_RATE)
+    return count / disk_rate(hardware.rates)
 
 
 def _no_card(hardware: Hardware) -> str:

@@ -5,13 +5,14 @@ Plain arithmetic on a model's shape and a budget, so that `fit` predicts by the 
 Of each component: *resident* stays on the card; *streamed* waits in pinned host memory and comes block by block while
 the blocks before it compute; *staged* is read from its file before its stage and dropped after it. Of the transformer
 any number of blocks can be resident and the rest streamed. What is in the way of the VAE's decode is dropped before it
-and comes back from host memory, so that the decode stays exact.
+and comes back from host memory, so that the decode stays exact. What the host has no room for streams and comes back
+from its file.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from kleinctl_plugins.fp8 import FP8, SCALE_BYTES
@@ -25,11 +26,11 @@ STEP, NEARLY = 0.95, 1.03
 TILED = 1.78
 #: Slots of the ring through which blocks stream: one is filled while another computes; with a single one they wait.
 SLOTS = (2, 1)
-#: How near to the least of the device the smallest plan is looked for, in bytes.
-NEAR_BYTES = 64 * 2**20
 #: On a card, bytes that are lost at the edges of what is free: torch maps memory in pieces of 20 MiB, and those that
 #: something still lies in stay (0.16 GiB where 0.23 in one piece were wanted, klein-4b at 1536x1536).
 EDGE_BYTES = 96 * 2**20
+#: Host memory that is left to the page cache where weights are read again for each picture, in bytes.
+PAGES_BYTES = 2**30
 #: Pinned host memory of the readers, in bytes: four of them, two slots of 32 MiB each.
 READER_BYTES = 4 * 2 * 32 * 2**20
 #: Of copies from memory that is not pinned: their rate, of that from pinned memory (12.9-18.4 of 22.5-23.9 GB/s on an
@@ -45,13 +46,18 @@ WAYS, CPU_WAYS = ("resident", "streamed", "staged"), ("resident", "staged")
 class Held:
     """One component: units on the device while it computes, those kept there while others do, and those on the host.
 
-    What is resident stands in the order of `_staying`.
+    What is resident stands in the order of `_staying`. What is neither kept nor on the host is `read` when needed.
     """
 
     way: str
     resident: tuple[str, ...]
     kept: tuple[str, ...]
     host: tuple[str, ...]
+    read: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """The way in a few words."""
+        return f"{self.way} from files" if self.read and self.way != "staged" else self.way
 
 
 @dataclass(frozen=True)
@@ -84,17 +90,19 @@ class Holding:
     @property
     def strategy(self) -> str:
         """How the weights are held, in a few words."""
-        ways = f"transformer {self.transformer.way}, encoder {self.encoder.way}"
-        ways = self.transformer.way if self.encoder.way == self.transformer.way else ways
+        transformer, encoder = str(self.transformer), str(self.encoder)
+        ways = transformer if encoder == transformer else f"transformer {transformer}, encoder {encoder}"
         return f"{ways}, tiled decode" if self.tiles else ways
 
 
 @dataclass(frozen=True)
 class Task:
-    """A model and a job with what a plan goes by: seconds of each stage with every weight in place, of writing the
-    picture and between stages, rates in bytes a second (from pinned and from pageable memory to the device; from a file
-    in the page cache to it), bytes on the device besides weights, and how many bytes can be pinned (None: no limit is
-    known)."""
+    """A model and a job with what a plan goes by.
+
+    Seconds of each stage with every weight in place, of writing the picture and between stages; rates in bytes a second
+    (from pinned and from pageable memory to the device; from a file in the page cache to it, and from one on the disk);
+    bytes on the device besides weights, and how many can be pinned (None: no limit is known).
+    """
 
     model: Model
     job: Job
@@ -105,7 +113,8 @@ class Task:
     between_seconds: float
     copy_rate: float
     pageable_rate: float
-    read_rate: float
+    cached_rate: float
+    disk_rate: float
     base_bytes: int
     pin_bytes: int | None = None
 
@@ -125,6 +134,7 @@ class Task:
             copy,
             rates.pageable or copy * PAGEABLE_SHARE,
             min(memory.cached_rate(rates), copy),
+            min(memory.disk_rate(rates), memory.cached_rate(rates), copy),
             context + model.shape.vae_bytes,
             WSL_PIN_BYTES if hardware.wsl else None,
         )
@@ -169,7 +179,7 @@ def fastest(task: Task, room: int, host: int, ways: Iterable[str] = WAYS) -> Hol
     Blocks stream through a single slot, and the picture is decoded in tiles, only where nothing else fits.
     """
     for tiles, slots in itertools.product((False, True), SLOTS):
-        plans = _plans(task, room, tuple(ways), tiles, slots)
+        plans = _plans(task, room, host, tuple(ways), tiles, slots)
         fitting = [each for each in plans if each.vram_bytes <= room and each.host_bytes <= host]
         if fitting:
             enough = min(each.seconds for each in fitting) * NEARLY
@@ -179,37 +189,14 @@ def fastest(task: Task, room: int, host: int, ways: Iterable[str] = WAYS) -> Hol
 
 def smallest(task: Task, host: int, ways: Iterable[str] = WAYS) -> Holding:
     """The way that takes the least of the device; of the host at most `host` bytes where that is possible."""
-
-    def least(room: int) -> list[Holding]:
-        """The plans for `room`, those that take the least of the device first."""
-        plans = _plans(task, room, tuple(ways), tiles=True, slots=min(SLOTS))
-        return sorted(plans, key=lambda each: (each.vram_bytes, each.host_bytes))
-
-    found = least(0)
+    found = list(_plans(task, 0, host, tuple(ways), tiles=True, slots=min(SLOTS)))
     within = [each for each in found if each.host_bytes <= host]
-    if not within or within[0] == found[0]:
-        return (within or found)[0]
-    low, best = found[0].vram_bytes, within[0]  # the more stays on the device, the less waits on the host
-    while best.vram_bytes - low > NEAR_BYTES:
-        room = (low + best.vram_bytes) // 2
-        fitting = [each for each in least(room) if each.vram_bytes <= room and each.host_bytes <= host]
-        low, best = (low, fitting[0]) if fitting else (room, best)
-    return best
+    return min(within or found, key=lambda each: (each.vram_bytes, each.host_bytes))
 
 
 def best(task: Task, room: int, host: int, ways: Iterable[str] = WAYS) -> Holding:
     """The fastest plan that fits; where none does, the smallest."""
     return fastest(task, room, host, ways) or smallest(task, host, ways)
-
-
-def to_speak_of(task: Task, room: int, host: int, ways: Iterable[str] = WAYS) -> Holding:
-    """The fastest plan that fits; where none does and only the host is short, the one that takes the least of it."""
-    found = fastest(task, room, host, ways)
-    if found is None:
-        plans = _plans(task, room, tuple(ways), tiles=True, slots=min(SLOTS))
-        in_room = [each for each in plans if each.vram_bytes <= room]
-        found = min(in_room, key=lambda each: each.host_bytes) if in_room else smallest(task, host, ways)
-    return found
 
 
 def smaller(task: Task, than: Holding, host: int, ways: Iterable[str] = WAYS) -> Holding | None:
@@ -229,15 +216,15 @@ def _moving(plan: Holding) -> tuple[int, float, int, bool]:
     return plan.moved_bytes, round(plan.seconds, 2), plan.host_bytes, plan.encoder.way != "resident"
 
 
-def _plans(task: Task, room: int, ways: tuple[str, ...], tiles: bool, slots: int) -> Iterator[Holding]:
-    """One plan for each combination of ways, with as much on the device as `room` takes."""
+def _plans(task: Task, room: int, host: int, ways: tuple[str, ...], tiles: bool, slots: int) -> Iterator[Holding]:
+    """One plan for each combination of ways, with as much on the device as `room` takes, and on the host."""
     if tiles and memory.tiled_decode_bytes(task.model, task.job) >= memory.decode_bytes(task.model, task.job):
         tiles = False  # a picture that is hardly larger than a tile
     for encoder_way, transformer_way in itertools.product(ways, ways):
-        yield _plan(task, room - task.base_bytes, encoder_way, transformer_way, tiles, slots)
+        yield _plan(task, room - task.base_bytes, host, encoder_way, transformer_way, tiles, slots)
 
 
-def _plan(task: Task, room: int, encoder_way: str, transformer_way: str, tiles: bool, slots: int) -> Holding:
+def _plan(task: Task, room: int, host: int, encoder_way: str, transformer_way: str, tiles: bool, slots: int) -> Holding:
     model, job = task.model, task.job
     encoder, transformer = encoder_units(model, job.precision), transformer_units(model, job.precision)
     blocks = {name: size for name, size in transformer.items() if name}
@@ -265,22 +252,31 @@ def _plan(task: Task, room: int, encoder_way: str, transformer_way: str, tiles: 
         left = min(room - decoding - held, room - denoising - computing, room - encoding - coming - held)
         encoder_kept = _fill(encoder, staying, left)
         coming, beside = coming + _size(encoder, encoder_kept), _size(encoder, encoder_kept)
-    encoder_host = [name for name in encoder if name not in encoder_kept] if encoder_way != "staged" else []
-    transformer_host = [name for name in transformer if name not in kept] if transformer_way != "staged" else []
+    encoder_out, transformer_out = _without(encoder, encoder_kept), _without(transformer, kept)
+    streamed, evicted = _without(blocks, resident), _without(resident, kept)
+    encoder_host, transformer_host = _waiting(
+        {name: encoder[name] for name in encoder_out if encoder_way != "staged"},
+        {name: transformer[name] for name in [*_staying(streamed), *evicted] if transformer_way != "staged"},
+        host - READER_BYTES if job.precision != FP8 else sum((*encoder.values(), *transformer.values())),
+    )
+    encoder_read, transformer_read = _without(encoder_out, encoder_host), _without(transformer_out, transformer_host)
+    pinned = _size(encoder, encoder_host) + _size(transformer, transformer_host)
+    read = _size(encoder, encoder_read) + _size(transformer, transformer_read)
+    rate = task.rate(pinned)
+    read_rate = task.cached_rate if host - READER_BYTES - pinned >= read else task.disk_rate
 
-    host = _size(encoder, encoder_host) + _size(transformer, transformer_host)
-    rate = task.rate(host)
-    missing = encoder_all - _size(encoder, encoder_kept)
-    copying = missing / rate if encoder_way == "streamed" else 0
-    encode = _beside(task.encode_seconds, copying, slots) + task.between_seconds
-    encode += encoder_all / task.read_rate if encoder_way == "staged" else 0
-    encode += missing / rate if encoder_way == "resident" else 0
-    streamed = sum(blocks.values()) - _size(blocks, [name for name in resident if name])
-    evicted = _size(transformer, resident) - held
+    def bring(units: Mapping[str, int], names: Sequence[str], read: Sequence[str]) -> float:
+        """Seconds until units are on the device."""
+        files = _size(units, [name for name in names if name in read])
+        return (_size(units, names) - files) / rate + files / read_rate
+
+    encode, bringing = task.encode_seconds, bring(encoder, encoder_out, encoder_read)
+    encode = _beside(encode, bringing, slots) if encoder_way == "streamed" else encode + bringing
     forwards = memory.forwards(model, job)
-    denoise = forwards * _beside(task.forward_seconds, streamed / rate, slots)
-    denoise += evicted / (task.read_rate if transformer_way == "staged" else rate)
-    moved = forwards * streamed + evicted + (missing if encoder_way == "resident" else 0)
+    denoise = forwards * _beside(task.forward_seconds, bring(blocks, streamed, transformer_read), slots)
+    denoise += bring(transformer, evicted, transformer_read)
+    moved = forwards * _size(blocks, streamed) + _size(transformer, evicted)
+    moved += _size(encoder, encoder_out) if encoder_way == "resident" else 0
     decode = task.decode_seconds * (TILED if tiles else 1)
 
     def stage(name: str, weights: int, activations: int, seconds: float) -> Stage:
@@ -292,18 +288,35 @@ def _plan(task: Task, room: int, encoder_way: str, transformer_way: str, tiles: 
             tuple(encoder_kept) if encoder_way == "streamed" else tuple(staying),
             tuple(encoder_kept),
             tuple(encoder_host),
+            tuple(encoder_read),
         ),
-        Held(transformer_way, tuple(resident), tuple(kept), tuple(transformer_host)),
+        Held(transformer_way, tuple(resident), tuple(kept), tuple(transformer_host), tuple(transformer_read)),
         (
-            stage("encode", coming + held, encoding, encode),
+            stage("encode", coming + held, encoding, encode + task.between_seconds),
             stage("denoise", computing + beside, denoising, denoise),
             stage("decode", held + _size(encoder, encoder_kept), decoding, decode + task.save_seconds),
         ),
-        host + READER_BYTES,
+        pinned + READER_BYTES,
         tiles,
         moved,
         slots,
     )
+
+
+def _waiting(encoder: Mapping[str, int], transformer: Mapping[str, int], host: int) -> tuple[list[str], list[str]]:
+    """Of units that should wait in host memory, those that `host` bytes take, if they do not take all.
+
+    First the transformer's, for those are needed in every step, in the order given.
+    """
+    if sum((*encoder.values(), *transformer.values())) > host:
+        host -= PAGES_BYTES
+    first = _fill(transformer, transformer, host)
+    return _fill(encoder, _staying(encoder), host - _size(transformer, first)), first
+
+
+def _without(units: Iterable[str], those: Iterable[str]) -> list[str]:
+    others = set(those)
+    return [name for name in units if name not in others]
 
 
 def _beside(computing: float, copying: float, slots: int) -> float:

@@ -70,7 +70,7 @@ class StagedDecode:
         on_card = hardware.gpu is not None and "cuda" in model.devices
         task, ram = Task.of(model, hardware, job), hardware.ram_available_bytes - memory.PROCESS_BYTES
         if hardware.gpu is not None and on_card:
-            plan = holding.to_speak_of(task, memory.usable_vram(hardware.gpu), ram)
+            plan = holding.best(task, memory.usable_vram(hardware.gpu), ram)
             vram, host = plan.vram_bytes, plan.host_bytes + memory.PROCESS_BYTES
         else:
             plan = holding.best(task, ram, UNBOUNDED, CPU_WAYS)
@@ -346,7 +346,7 @@ class Session:
         self._hold(plan, self.encoder, plan.encoder.resident)
         progress("encode", 0, 1)
         limit = self.model.manifest.defaults.max_prompt_tokens
-        with self.encoder.streaming(plan.slots, len(prompts)):
+        with self.encoder.streaming(plan.slots, len(prompts), self.reader):
             for prompt in prompts:
                 made = self.pipe.encode_prompt(prompt=prompt, device=self.budget.device, max_sequence_length=limit)[0]
                 self._embeddings.put(prompt, made.cpu(), precision)
@@ -369,7 +369,7 @@ class Session:
                 if plan.transformer.way == "streamed":  # the ring's slots find their room in one piece as well
                     self._release()
                 self._hold(plan, self.transformer, plan.transformer.resident)
-                stack.enter_context(self.transformer.streaming(plan.slots, forwards))
+                stack.enter_context(self.transformer.streaming(plan.slots, forwards, self.reader))
                 progress("denoise", 0, job.steps)
 
             def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

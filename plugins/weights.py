@@ -110,8 +110,7 @@ class Component:
     def hold(self, resident: Iterable[str], host: Iterable[str], reader: Reader) -> None:
         """Bring units onto the device, in this order, and into host memory, and drop the others from the device.
 
-        Those that are neither resident nor in host memory cannot be used until the next call. Where it fails, nothing
-        is left that is half read.
+        Where it fails, nothing is left that is half read.
         """
         resident = list(resident)
         wanted, kept = set(resident), set(host)
@@ -168,16 +167,17 @@ class Component:
             unit.packed = packed
 
     @contextlib.contextmanager
-    def streaming(self, slots: int, forwards: int) -> Iterator[None]:
+    def streaming(self, slots: int, forwards: int, reader: Reader) -> Iterator[None]:
         """While this lasts, units that are not on the device come and go through a ring of slots as they are used.
 
-        So many `forwards` are expected: after the last of them nothing comes for another. Units that are held as fp8
-        are expanded as they are used, wherever they are.
+        They come from host memory, or from their files where they are not held there. So many `forwards` are expected:
+        after the last of them nothing comes for another. Units that are held as fp8 are expanded as they are used,
+        wherever they are.
         """
         with contextlib.ExitStack() as stack:
             stack.callback(self._expand_resident().close)
             streamed = [unit for name, unit in self.units.items() if name and unit.device is None]
-            ring = Ring(streamed, self.device, slots, forwards)
+            ring = Ring(streamed, reader, slots, forwards)
             stack.callback(ring.close)
             ring.begin()
             yield
@@ -203,14 +203,15 @@ class Component:
 class Ring:
     """Slots on the device through which units stream, in the order of use, as often as there are `forwards`."""
 
-    def __init__(self, units: Sequence[Unit], device: Any, slots: int, forwards: int) -> None:
+    def __init__(self, units: Sequence[Unit], reader: Reader, slots: int, forwards: int) -> None:
         import torch
 
-        self.units, self._forwards = list(units), forwards
+        self.units, self._reader, self._forwards = list(units), reader, forwards
         self._hooks: list[Any] = []
-        self._cuda = device.type == "cuda"
+        self._cuda, device = reader.cuda, reader.device
         self._free: deque[tuple[Any, Any]] = deque()
         self._ready: dict[str, tuple[Any, Any]] = {}
+        self._reading: dict[str, list[Future[None]]] = {}
         self._coming: deque[Unit] = deque()
         if not self.units:
             return
@@ -241,6 +242,10 @@ class Ring:
         import torch
 
         unit, (slot, done) = self._coming.popleft(), self._free.popleft()
+        if unit.host is None:
+            self._reading[unit.name] = self._reader.begin(unit, slot[: unit.bytes], done)
+            self._ready[unit.name] = (slot, None)
+            return
         if not self._cuda:
             slot[: unit.bytes].copy_(unit.host)
             self._ready[unit.name] = (slot, None)
@@ -257,6 +262,8 @@ class Ring:
 
         if not self._ready:  # one forward more than was expected
             self.begin()
+        for future in self._reading.pop(unit.name, ()):
+            future.result()
         slot, copied = self._ready[unit.name]
         if copied is not None:
             torch.cuda.current_stream().wait_event(copied)
@@ -279,6 +286,8 @@ class Ring:
 
         for hook in self._hooks:
             hook.remove()
+        wait([future for every in self._reading.values() for future in every])
+        self._reading.clear()
         if self._cuda and self.units:
             torch.cuda.current_stream().wait_stream(self._stream)
         for unit in self.units:
@@ -307,7 +316,6 @@ class Reader:
         self._lock = threading.Lock()
         self._pinned: dict[int, int] = {}
         self._ahead: EarlyReader | None = None
-        self._start: Any = None
         self._slots: deque[Any] = deque()
         if self.cuda:  # before anything else is pinned: all reading goes through them
             self._slots.extend(self._slot() for _ in range(2 * READERS))
@@ -385,26 +393,35 @@ class Reader:
     def _fill(self, jobs: Sequence[tuple[Unit, Any]]) -> None:
         import torch
 
-        runs = [(unit.layout, run, buffer) for unit, buffer in jobs for run in unit.layout.runs()]
-        if not self.cuda:  # nothing to overlap with
-            for each in runs:
-                self._read(*each)
-            return
-        self._start = torch.cuda.Event()  # what lay where the buffers are now may still be in use
-        self._start.record()
-        waiting: list[Future[None]] = [self._pool.submit(self._read, *each) for each in runs]
+        start = None
+        if self.cuda:
+            start = torch.cuda.Event()  # what lay where the buffers are now may still be in use
+            start.record()
+        waiting = [future for unit, buffer in jobs for future in self.begin(unit, buffer, start)]
         wait(waiting)  # all of them: when one fails, the others still use their buffers
         for future in waiting:
             future.result()
 
-    def _read(self, layout: Layout, run: Sequence[Piece], buffer: Any) -> None:
+    def begin(self, unit: Unit, buffer: Any, start: Any) -> list[Future[None]]:
+        """Begin to read a unit that is not packed into `buffer`, which is written to once the event `start` is over.
+
+        For a processor, where nothing can go on beside it, it is read now.
+        """
+        runs = unit.layout.runs()
+        if self.cuda:
+            return [self._pool.submit(self._read, unit.layout, run, buffer, start) for run in runs]
+        for run in runs:
+            self._read(unit.layout, run, buffer, start)
+        return []
+
+    def _read(self, layout: Layout, run: Sequence[Piece], buffer: Any, start: Any) -> None:
         first, count = run[0], sum(piece.bytes for piece in run)
         if not layout.as_stored:
             self._convert(layout, run, buffer)
         elif buffer.device.type == "cpu":
             pread(first.path, first.offset, memoryview(buffer[first.at : first.at + count].numpy()))
         else:
-            self._through_slots(first.path, first.offset, buffer[first.at : first.at + count])
+            self._through_slots(first.path, first.offset, buffer[first.at : first.at + count], start)
 
     def _convert(self, layout: Layout, run: Sequence[Piece], buffer: Any) -> None:
         import torch
@@ -416,15 +433,15 @@ class Reader:
             stored, dtype = getattr(torch, piece.stored), getattr(torch, layout.dtype)
             target.copy_(raw.view(stored).to(dtype).view(torch.uint8))
 
-    def _through_slots(self, path: Path, offset: int, target: Any) -> None:
+    def _through_slots(self, path: Path, offset: int, target: Any, start: Any) -> None:
         import torch
 
         with torch.cuda.stream(torch.cuda.Stream(self.device)) as _:
             stream = torch.cuda.current_stream()
-            stream.wait_event(self._start)
+            stream.wait_event(start)
             try:
-                for start in range(0, len(target), SLOT_BYTES):
-                    self._through_slot(path, offset + start, target[start : start + SLOT_BYTES])
+                for at in range(0, len(target), SLOT_BYTES):
+                    self._through_slot(path, offset + at, target[at : at + SLOT_BYTES])
             finally:  # also where a read failed: what was sent before it is still being written to the buffer
                 stream.synchronize()
 

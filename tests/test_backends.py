@@ -48,11 +48,13 @@ def session(name: str, room: int, model: InstalledModel = TINY) -> Any:
     return Plugins(frozenset()).backend(name).thing.load(model, Budget(0, room, "cpu"))
 
 
-def held(*ways: str, room: int) -> Any:
-    """staged-decode with weights held in these ways, as it holds them on a card."""
+def held(*ways: str, room: int, host: int = PLENTY) -> Any:
+    """staged-decode with weights held in these ways, as it holds them on a card beside `host` bytes of RAM for them."""
     from kleinctl_plugins.staged_decode import Session
 
-    return Session(TINY, Budget(0, room + memory.PROCESS_BYTES, "cpu"), ways)
+    session = Session(TINY, Budget(0, room + memory.PROCESS_BYTES, "cpu"), ways)
+    session._host = host + holding.READER_BYTES
+    return session
 
 
 def on_device(session: Any) -> int:
@@ -83,6 +85,7 @@ def sessions() -> Iterator[dict[str, Any]]:
         "streamed": held("streamed", room=NOTHING),
         "partly": held("streamed", room=SOME),
         "making way": held("resident", room=SOME),
+        "from files": held("streamed", room=SOME, host=NOTHING),
     }
     yield found
     for each in found.values():
@@ -104,7 +107,7 @@ def test_text_to_image_gives_the_same_bits_from_every_way_of_holding_weights(ses
     pictures = [draw(each, CIRCLE) for each in sessions.values()]
     assert same(pictures)
     strategies = [each.strategy for each in sessions.values()]
-    assert strategies == ["cpu", "resident", "staged", "streamed", "streamed", "resident"]
+    assert strategies == ["cpu", "resident", "staged", "streamed", "streamed", "resident", "streamed from files"]
     there = [unit.device is not None for unit in sessions["partly"].transformer.units.values()]
     assert any(there) and not all(there)
 
@@ -561,18 +564,20 @@ def test_jobs_of_changing_plans_hold_no_more_than_each_plan_says_and_give_the_sa
     from kleinctl_plugins.weights import Component
 
     steps = (  # what the first leaves of the encoder is in the way of the others
-        ("resident", "staged", 2, 80_000_000, "a red circle", ""),
-        ("streamed", "staged", 2, 12_000_000, "a red circle", ""),
-        ("resident", "staged", 2, 80_000_000, "a red circle", ""),
-        ("streamed", "resident", 1, 21_600_000, "a blue circle", ""),
-        ("resident", "streamed", 2, 18_000_000, "a blue circle", ""),
-        ("streamed", "streamed", 2, 12_000_000, "a red circle", "fp8"),
-        ("streamed", "streamed", 1, 12_000_000, "a green circle", "fp8"),
-        ("streamed", "streamed", 1, 12_000_000, "a green circle", ""),
+        ("resident", "staged", 2, 80_000_000, "a red circle", "", PLENTY),
+        ("streamed", "staged", 2, 12_000_000, "a red circle", "", PLENTY),
+        ("resident", "staged", 2, 80_000_000, "a red circle", "", PLENTY),
+        ("streamed", "resident", 1, 21_600_000, "a blue circle", "", PLENTY),
+        ("resident", "streamed", 2, 18_000_000, "a blue circle", "", PLENTY),
+        ("streamed", "streamed", 2, 12_000_000, "a red circle", "fp8", PLENTY),
+        ("streamed", "streamed", 1, 12_000_000, "a green circle", "fp8", PLENTY),
+        ("streamed", "streamed", 1, 12_000_000, "a green circle", "", PLENTY),
+        ("streamed", "streamed", 2, 18_000_000, "a white circle", "", holding.READER_BYTES + 2**30),
+        ("streamed", "streamed", 1, 12_000_000, "a white circle", "", holding.READER_BYTES),
     )
     jobs = [
         replace(CIRCLE, prompt=prompt, width=64, height=64, steps=1, precision=precision)
-        for *_, prompt, precision in steps
+        for *_, prompt, precision, _ in steps
     ]
     wanted = {job: draw(sessions["resident"], job).tobytes() for job in dict.fromkeys(jobs)}
     session = held("resident", "streamed", "staged", room=PLENTY)
@@ -585,10 +590,10 @@ def test_jobs_of_changing_plans_hold_no_more_than_each_plan_says_and_give_the_sa
         most.append(on_device(session))
 
     monkeypatch.setattr(Component, "_bring", brought)
-    for job, (*ways, slots, room, _, _) in zip(jobs, steps, strict=True):
+    for job, (*ways, slots, room, _, _, host) in zip(jobs, steps, strict=True):
         for each in (*seen.values(), most):
             each.clear()
-        plan = holding._plan(session._task(job), room, *ways, tiles=False, slots=slots)
+        plan = holding._plan(session._task(job), room, host, *ways, tiles=False, slots=slots)
         monkeypatch.setattr(holding, "best", lambda *given, plan=plan: plan)
         assert draw(session, job).tobytes() == wanted[job], ways
         stages = {stage.name: stage.weights_bytes - TINY.manifest.shape.vae_bytes for stage in plan.stages}

@@ -33,7 +33,7 @@ def blocks(tmp_path: Path) -> Any:
 def test_no_block_is_copied_that_no_forward_uses(blocks, slots, monkeypatch):
     """After the last forward the copies for another would be waited for."""
     import torch
-    from kleinctl_plugins.weights import Ring
+    from kleinctl_plugins.weights import Reader, Ring
 
     component, plain = blocks
     given, copied, fetch = torch.randn(2, 8), [], Ring._fetch
@@ -43,19 +43,35 @@ def test_no_block_is_copied_that_no_forward_uses(blocks, slots, monkeypatch):
         fetch(ring)
 
     monkeypatch.setattr(Ring, "_fetch", noted)
-    with component.streaming(slots, 3):
+    with component.streaming(slots, 3, Reader("cpu")):
         for _ in range(3):
             assert torch.equal(component.module(given), plain(given))
     assert copied == ["0", "1", "3", "4"] * 3
-    with component.streaming(slots, 1):  # a pipeline that does more steps than it was asked for
+    with component.streaming(slots, 1, Reader("cpu")):  # a pipeline that does more steps than it was asked for
         for _ in range(2):
             assert torch.equal(component.module(given), plain(given))
 
 
-def test_blocks_that_cannot_come_leave_no_hooks(blocks):
+def test_blocks_that_ram_has_no_room_for_come_from_their_file(blocks):
+    import torch
+    from kleinctl_plugins.weights import Reader
+
+    component, plain = blocks
+    given, reader = torch.randn(2, 8), Reader("cpu")
+    component.hold(["", "2"], ["3"], reader)
+    component.forget(["0", "1", "4"], reader)
+    with component.streaming(2, 2, reader):
+        for _ in range(2):
+            assert torch.equal(component.module(given), plain(given))
+
+
+def test_blocks_that_cannot_come_leave_no_hooks(blocks, tmp_path):
+    from kleinctl_plugins.weights import Reader
+
     component, _ = blocks
     component.units["1"].host = None
-    with pytest.raises(TypeError), component.streaming(2, 1):
+    (tmp_path / "blocks.safetensors").unlink()
+    with pytest.raises(FileNotFoundError), component.streaming(2, 1, Reader("cpu")):
         pass
     assert not any(unit.module._forward_pre_hooks for name, unit in component.units.items() if name)
 
@@ -94,5 +110,5 @@ def test_a_read_that_fails_on_its_way_to_a_card_waits_for_what_was_sent(tmp_path
     reader = Reader("cpu")
     reader._slots.append((torch.empty(64, dtype=torch.uint8), event))
     with pytest.raises(OSError, match="ends at 100 bytes"):
-        reader._through_slots(path, 0, torch.empty(200, dtype=torch.uint8))
+        reader._through_slots(path, 0, torch.empty(200, dtype=torch.uint8), event)
     assert events == ["sent", "waited"] and len(reader._slots) == 1
