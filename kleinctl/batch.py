@@ -65,16 +65,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Task:
-    """A line's job and its file. `done`: the file is there, and its record is of exactly this job."""
+    """A line's job and its picture's file. `done`: that is there, and its record is of exactly this job."""
 
     line: int
     job: Job
-    output: Path
+    path: Path
     done: bool
 
     def to_json(self) -> dict[str, Any]:
         """The line as one of a run's `skipped`."""
-        return {"line": self.line, "path": str(self.output)}
+        return {"line": self.line, "path": str(self.path)}
 
 
 # Reading

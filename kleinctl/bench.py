@@ -334,7 +334,7 @@ def _worker(request: generate.Request) -> Iterator[Opened]:
 
         def draw(job: Job, output: Path) -> tuple[str, Mapping[str, float]]:
             nonlocal strategy
-            image = painter.paint(job, output, quiet)
+            image = painter.paint(job, generate.Output(output), quiet)
             strategy = str(image.record["strategy"])
             return image.pixels_sha256, image.seconds
 

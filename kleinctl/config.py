@@ -13,6 +13,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+#: Tables of `config.toml` that are no command's.
+NO_COMMANDS = ("hub",)
+
 
 def load_config(path: Path) -> dict[str, Any]:
     """The settings in `path`; none where there is no file.

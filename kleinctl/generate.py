@@ -47,13 +47,24 @@ CHUNK = 40
 
 
 @dataclass(frozen=True)
+class Output:
+    """The file of a picture. One that is there by then is left alone, and the picture goes beside, but for `replaces`.
+
+    `replaces` is for the file that was named and was there already, and no other, however many runs write at once.
+    """
+
+    path: Path
+    replaces: bool = False
+
+
+@dataclass(frozen=True)
 class Request:
     """Pictures to make with one backend and one model.
 
     `python` is the interpreter of the backend's environment, `plugin` the module that offers the backend, `folder`
     where the model's parts lie in its layout, `parts` their sha256 by id, `gpu` the UUID of the card to use.
-    `outputs` has the file of each job, as `choose_outputs` gave it. `origins` is where each job of a batch stands
-    (`prompts.jsonl:3`): one that fails is named by it, and the rest runs; without it the first that fails ends the run.
+    `outputs` has that of each job, in their order. `origins` is where each job of a batch stands (`prompts.jsonl:3`):
+    one that fails is named by it, and the rest runs; without it the first that fails ends the run.
     """
 
     model: Model
@@ -63,7 +74,7 @@ class Request:
     python: Path
     budget: Budget
     jobs: tuple[Job, ...]
-    outputs: tuple[Path, ...]
+    outputs: tuple[Output, ...]
     parts: Mapping[str, str] = field(default_factory=dict, hash=False)
     gpu: str | None = None
     origins: tuple[str, ...] = ()
@@ -201,8 +212,8 @@ def run(request: Request, on_event: OnEvent, executor: Executor | None = None) -
     """Make every picture of `request` in one worker, and in another where that dies in a batch.
 
     Nothing is loaded before inputs and outputs are checked (inputs of a batch: each job's when its turn comes). A file
-    that is `Named` is replaced once the new picture is whole, and not before; whatever ends a run early leaves finished
-    pictures, and no half ones.
+    is replaced once the new picture is whole, and not before; whatever ends a run early leaves finished pictures, and
+    no half ones.
 
     Raises:
         KleinctlError: something cannot work, or failed; no worker is left behind.
@@ -353,27 +364,23 @@ class Painter:
                 assert isinstance(reply, Prepared)
                 self.prepared.append(reply)
 
-    def paint(self, job: Job, output: Path, on_progress: Callable[[Progress], None]) -> Image:
+    def paint(self, job: Job, output: Output, on_progress: Callable[[Progress], None]) -> Image:
         """Make the picture of `job` and put it at `output`.
-
-        Where that name has been taken meanwhile, it goes beside; only what is `Named` is replaced.
 
         Raises:
             KleinctlError: it failed; the next job may succeed.
             WorkerDied: it failed and took the worker along; the next job gets another.
         """
         check_jobs([job])  # a reference may have gone since the run began
-        wanted = self._request
-        replaces = isinstance(wanted.outputs, Named) and output in wanted.outputs
-        output = output.absolute()
-        first = None if replaces else _first_name(job, output)
-        self._partial = output.with_name(f".{output.name[:100]}.{os.getpid()}.partial")
+        wanted, path = self._request, output.path.absolute()
+        first = None if output.replaces else _first_name(job, path)
+        self._partial = path.with_name(f".{path.name[:100]}.{os.getpid()}.partial")
         record = begin(job, wanted.model, wanted.backend, wanted.parts)
-        reply = self._ask(Generate(absolute(job), output, self._partial, record, first), on_progress)
+        reply = self._ask(Generate(absolute(job), path, self._partial, record, first), on_progress)
         assert isinstance(reply, Made)
         self._partial = None
         return Image(
-            path=reply.output or output,
+            path=reply.output or path,
             job=job,
             sha256=reply.sha256,
             pixels_sha256=reply.pixels_sha256,
@@ -423,85 +430,82 @@ def absolute(job: Job) -> Job:
 # Where pictures go.
 
 
-class Named(tuple[Path, ...]):
-    """The file that was named and was there already: nothing else is ever replaced, however many runs write at once."""
-
-
-def choose_outputs(
-    jobs: Sequence[Job], output: Path | str | None, *, many: bool = False, folder: Path | None = None
-) -> tuple[Path, ...]:
+def choose_outputs(jobs: Sequence[Job], named: Path | str | None) -> tuple[Output, ...]:
     """The file of each job.
 
-    `output` names the PNG of a single job, or a folder for several (`many`: also where it happens to be one). Without
-    it, and in a folder, a picture is called `klein-<seed>.png`, with a number where that name is taken: only a file
-    that was named is ever replaced.
+    `named` is the PNG of a single job, or a folder. In a folder, which without it is this one, a picture is called
+    `klein-<seed>.png`, with a number where that name is taken.
 
     Raises:
-        Misuse: `output` cannot be meant so.
+        Misuse: `named` cannot be meant so.
     """
-    if output is None:
-        return _default_names(jobs, folder or Path.cwd())
-    path = Path(output)
-    if many or len(jobs) > 1:
+    if named is None:
+        return _default_names(jobs, Path.cwd())
+    path = Path(named)
+    if len(jobs) > 1:
         return _default_names(jobs, output_folder(path))
-    if _is_folder(path) or str(output).endswith(("/", os.sep)):
+    if _is_folder(path) or str(named).endswith(("/", os.sep)):
         return _default_names(jobs, path)
     if path.suffix.lower() != ".png":
         raise Misuse(
             Problem(
-                f"{output} is no PNG",
+                f"{named} is no PNG",
                 "Pictures are written as PNG, which keeps every pixel and the record of how they were made.",
                 f"-o {path.with_suffix('.png')}",
                 name="output-not-png",
             )
         )
-    return Named([path]) if path.exists() else (path,)
+    return (Output(path, replaces=path.exists()),)
 
 
-def output_folder(output: Path) -> Path:
-    """`output` as the folder that several pictures go into.
+def output_folder(named: Path) -> Path:
+    """`named` as the folder that several pictures go into.
 
     Raises:
         Misuse: it is, or is called like, a file.
     """
-    if output.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") or (not _is_folder(output) and output.exists()):
+    if named.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") or (not _is_folder(named) and named.exists()):
         raise Misuse(
             Problem(
-                f"{output} names one file",
+                f"{named} names one file",
                 "Several pictures may be made, so -o has to name a folder.",
-                f"-o {output.with_suffix('') if output.suffix else output.with_name(output.name + '-pictures')}",
+                f"-o {named.with_suffix('') if named.suffix else named.with_name(named.name + '-pictures')}",
                 name="output-not-a-folder",
             )
         )
-    return output
+    return named
 
 
-def _default_names(jobs: Sequence[Job], folder: Path) -> tuple[Path, ...]:
+def _default_names(jobs: Sequence[Job], folder: Path) -> tuple[Output, ...]:
     chosen: list[Path] = []
     for job in jobs:
         names = numbered(folder / f"klein-{job.seed}.png")
         chosen.append(next(path for path in names if path not in chosen and not path.exists()))
-    return tuple(chosen)
+    return tuple(map(Output, chosen))
 
 
-def _first_name(job: Job, output: Path) -> Path:
-    """The name from which another counts where `output` is taken (see `numbered`): without a number that we gave."""
-    given = re.fullmatch(rf"(klein-(?:\d{{4,}}-)?{job.seed})(?:-\d+)?\.png", output.name)
-    return output.with_name(f"{given[1]}.png") if given else output
+def _first_name(job: Job, path: Path) -> Path:
+    """The name from which another counts where `path` is taken (see `numbered`): without a number that we gave."""
+    given = re.fullmatch(rf"(klein-(?:\d{{4,}}-)?{job.seed})(?:-\d+)?\.png", path.name)
+    return path.with_name(f"{given[1]}.png") if given else path
 
 
-def check_outputs(outputs: Iterable[Path]) -> None:
+def _folders(outputs: Sequence[Output]) -> list[Path]:
+    return list(dict.fromkeys(output.path.absolute().parent for output in outputs))
+
+
+def check_outputs(outputs: Sequence[Output]) -> None:
     """Whether pictures could be put at `outputs`, as far as that shows without making anything.
 
     Raises:
         KleinctlError: one cannot be written.
     """
-    for output in outputs:
-        if _is_folder(output):
-            raise Misuse(_unwritable(output, "It is a folder.", f"-o {output / 'picture.png'}"))
-        if output.exists() and not os.access(output, os.W_OK):
-            raise KleinctlError(_unwritable(output, "It is read-only.", "-o another.png"))
-    for folder in dict.fromkeys(output.absolute().parent for output in outputs):
+    for path in (output.path for output in outputs):
+        if _is_folder(path):
+            raise Misuse(_unwritable(path, "It is a folder.", f"-o {path / 'picture.png'}"))
+        if path.exists() and not os.access(path, os.W_OK):
+            raise KleinctlError(_unwritable(path, "It is read-only.", "-o another.png"))
+    for folder in _folders(outputs):
         try:
             there = next((each for each in (folder, *folder.parents) if each.exists()), folder)
             if not there.is_dir():
@@ -512,14 +516,14 @@ def check_outputs(outputs: Iterable[Path]) -> None:
             raise _no_folder(folder, error) from None
 
 
-def prepare_outputs(jobs: Sequence[Job], outputs: Sequence[Path]) -> None:
+def prepare_outputs(jobs: Sequence[Job], outputs: Sequence[Output]) -> None:
     """Make the folders of `outputs`, and try whether pictures can be written there.
 
     Raises:
         KleinctlError: they cannot, or would fill the disk.
     """
     check_outputs(outputs)
-    for folder in dict.fromkeys(output.absolute().parent for output in outputs):
+    for folder in _folders(outputs):
         probe = folder / f".kleinctl-{os.getpid()}.partial"
         try:
             folder.mkdir(parents=True, exist_ok=True)

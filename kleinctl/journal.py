@@ -691,8 +691,8 @@ def find(number: int | None) -> Entry:
         return newest
     found = next((each for each in known if each.number == number), None)
     if found is None:
-        numbers = ", ".join(str(each.number) for each in known[:10]) or "none"
-        why = f"The newest are {numbers}."
+        numbers = ", ".join(str(each.number) for each in known[:10])
+        why = f"The newest are {numbers}." if numbers else "The journal has no entry."
         raise Misuse(Problem(f"there is no entry {number}", why, "kleinctl undo --list", name="undo-impossible"))
     if isinstance(found, Damaged):
         raise _impossible(f"entry {number} cannot be read", found.why, f"see {_file(number)}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,6 +15,8 @@ Severity = Literal["error", "warning"]
 #: What is shown in the place of a character that would do something.
 UNSHOWN = "\N{REPLACEMENT CHARACTER}"
 _QUOTED = re.compile(r'"[^"\n]*"')
+#: What a path of Windows begins with, and words that need no quotes there.
+_WINDOWS, _PLAIN = re.compile(r"[A-Za-z]:[\\/]|\\\\|~\\"), re.compile(r"[\w.:\\/=+@,-]+")
 
 OK, PROBLEMS, MISUSED, BUG, INTERRUPTED = 0, 1, 2, 3, 130  # exit codes, as README documents them
 
@@ -103,3 +107,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(word.lower(), [name.lower() for name in names], n=1, cutoff=0.5)
     match = next((name for name in names if near and name.lower() == near[0]), None)
     return f" Did you mean {match}?" if match else ""
+
+
+def shell(*words: object, windows: bool = False) -> str:
+    """A command line that can be pasted: here, or on Windows, where `windows` or a path in it says so."""
+    windows = windows or os.name == "nt" or any(_WINDOWS.match(str(word)) for word in words)
+    return " ".join(map(_windows_word if windows else shlex.quote, map(str, words)))
+
+
+def _windows_word(word: str) -> str:
+    """No file there has a quote in its name; one in the report of a stranger would end the quotes around it."""
+    return word if _PLAIN.fullmatch(word) else '"' + word.replace('"', UNSHOWN) + '"'

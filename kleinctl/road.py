@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kleinctl import environment as environments
@@ -128,6 +127,25 @@ def no_way(
     )
 
 
+def nearest(
+    plugins: Plugins, models: Sequence[Model], backend: str | None, hardware: Hardware, changes: Mapping[str, Any]
+) -> Model:
+    """The model that lacks the least where none of `models` runs; of several that lack the same, the first."""
+    offers = plugins.backends_for(backend)
+    found = [(model, compare(offers, model, hardware, default_job(model, **changes))) for model in models]
+    lacking = [(min(_lacks(each, hardware) for each in own), model) for model, own in found if own]
+    return min(lacking, key=lambda each: each[0])[1] if lacking else models[0]
+
+
+def _lacks(candidate: Candidate, hardware: Hardware) -> tuple[bool, bool, int]:
+    """Whether more than memory is in the way, whether a card is, and the bytes of VRAM and RAM that are missing."""
+    fit, on_card = candidate.fit, candidate.device != "cpu"
+    vram = memory.usable_vram(hardware.gpu) if on_card and hardware.gpu else 0
+    missing = max(0, fit.vram_bytes - vram) if on_card else 0
+    missing += max(0, fit.ram_bytes - hardware.ram_available_bytes)
+    return candidate.problem is not None, on_card and hardware.gpu is None, missing
+
+
 def not_so_precise(model: Model, backend: str | None, job: Job, candidates: Sequence[Candidate]) -> KleinctlError:
     """The problem of a precision that stands in the way of `model`, with the words of each of `candidates`."""
     drawn = f"{model.name} in {job.precision[:40]!r}"
@@ -201,7 +219,7 @@ def pictures(
     where: Place,
     hardware: Hardware,
     jobs: Sequence[Job],
-    outputs: tuple[Path, ...],
+    outputs: tuple[generate.Output, ...],
     on_event: generate.OnEvent,
     executor: Any = None,
     origins: Sequence[str] = (),

@@ -26,7 +26,7 @@ from typing import Any
 
 from kleinctl.backends import Fit, Job
 from kleinctl.executors import OnProgress, WorkerDied, WorkerHandle
-from kleinctl.generate import Request
+from kleinctl.generate import Request, absolute
 from kleinctl.home import home, server_file
 from kleinctl.problem import KleinctlError, Misuse, Problem
 from kleinctl.worker import protocol
@@ -190,6 +190,10 @@ class Server(WorkerHandle):
     def __init__(self, line: Line, state: State, on_wait: Callable[[int], None]) -> None:
         self.state = state
         self._line, self._on_wait = line, on_wait
+
+    def judged(self, job: Job, asked: tuple[int, int] | None) -> Told:
+        """What is to be thought of `job`; see `Ask`, and `told`."""
+        return self.told(Ask(absolute(job), asked))
 
     def told(self, question: Ask | Ended) -> Told:
         """The answer to a question.

@@ -44,8 +44,11 @@ How = Literal["hardlink", "reflink", "symlink", "copy"]
 
 
 def model_folder(model: str, layout: str) -> Path:
-    """The folder of `model` in the form a backend reads."""
-    return confined(models_folder(), f"{model}/{layout}")
+    """The folder of `model` in the form a backend reads.
+
+    A link in its place, or in that of the folder above, is followed: no manifest makes one there, so it is the user's.
+    """
+    return confined(confined(models_folder(), model), layout)
 
 
 def destination(model: str, layout: str, part: Part) -> Path:
@@ -67,14 +70,13 @@ def confined(folder: Path, relative: str) -> Path:
     path = folder / relative
     if not refused and inside(path.parent, folder):
         return path
-    raise KleinctlError(
-        Problem(
-            f"{relative!r} points out of {folder}",
-            f"A path in a manifest has to stay in the model's own folder; this has {refused or 'a link out of it'}.",
-            "report it to whoever wrote the manifest, and do not install it",
-            name="path-outside-folder",
-        )
-    )
+    what, why = f"{relative!r} points out of {folder}", "A path in a manifest has to stay in the model's own folder"
+    if refused:
+        why, fix = f"{why}; this has {refused}.", "report it to whoever wrote the manifest, and do not install it"
+    else:
+        why = f"{why}; a link on this disk leads from {path.parent} to {path.parent.resolve()}."
+        fix = f"link {folder} as a whole, or set KLEINCTL_HOME to a folder on the other disk"
+    raise KleinctlError(Problem(what, why, fix, name="path-outside-folder", path=str(path)))
 
 
 def inside(path: Path, folder: Path) -> bool:

@@ -28,8 +28,8 @@ _FACTORS = {
 }
 
 
-def parse_bytes(text: str) -> int:
-    """`12GiB`, `12 GB`, `12.5g` or a plain number, in bytes.
+def parse_bytes(text: str, option: str) -> int:
+    """`12GiB`, `12 GB`, `12.5g` or a plain number, in bytes. `option` is what it was given for, as in `--vram-limit`.
 
     Raises:
         Misuse: `text` is no amount of memory.
@@ -37,7 +37,8 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match and len(match[1]) < 20 and match[2].lower() in _FACTORS:
         return int(float(match[1]) * _FACTORS[match[2].lower()])
-    raise Misuse(Problem(f"{text!r} is no amount of memory", "A number and a unit are wanted.", "try 12GiB or 8GB"))
+    what = f"{option} {text[:40]!r} is no amount of memory"
+    raise Misuse(Problem(what, "A number and a unit are wanted.", f"{option} 12GiB", name="usage"))
 
 
 def gib(count: float) -> str:
@@ -78,17 +79,16 @@ def seconds_text(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """`1024x768` (or `1024` for a square) as width and height in pixels.
+def parse_size(text: str, option: str = "--size") -> tuple[int, int]:
+    """`1024x768` (or `1024` for a square) as width and height in pixels. `option` is what it was given for.
 
     Raises:
         Misuse: it is no size, or a side is no multiple of 16 (latents are 1/16 of the picture, in whole numbers).
     """
     match = re.fullmatch(r"(\d{1,5})(?:[xX×*](\d{1,5}))?", text.strip())
     if not match:
-        raise Misuse(
-            Problem(f"{text!r} is no picture size", "Width and height in pixels are wanted.", "--size 1024x768")
-        )
+        why = "Width and height in pixels are wanted."
+        raise Misuse(Problem(f"{text!r} is no picture size", why, f"{option} 1024x768", name="usage"))
     width, height = int(match[1]), int(match[2] or match[1])
     if width % 16 or height % 16 or not width or not height:
         near = f"{max(16, round(width / 16) * 16)}x{max(16, round(height / 16) * 16)}"
@@ -96,7 +96,8 @@ def parse_size(text: str) -> tuple[int, int]:
             Problem(
                 f"{width}x{height} cannot be drawn",
                 "Each side has to be a multiple of 16 pixels (the model works on 16-pixel squares).",
-                f"--size {near}",
+                f"{option} {near}",
+                name="usage",
             )
         )
     return width, height

@@ -14,6 +14,9 @@ from kleinctl.hardware import Gpu, NvmlState, Package, imagine
 from kleinctl.problem import Misuse, Problem, did_you_mean
 from kleinctl.units import gib, parse_bytes
 
+#: How a card is named here; see `hardware.imagine`.
+GPU = 'doctor --set "gpu={}"'
+
 
 def changed(facts: Facts, settings: Iterable[str]) -> Facts:
     """`facts` with each `NAME=VALUE` carried out, in their order.
@@ -63,7 +66,10 @@ def _amount(name: str, value: str) -> int:
     if re.fullmatch(r"[1-9]\d{0,5}", value, re.ASCII):
         raise _impossible(f"{name}={value} would be {value} bytes", "A unit is wanted: GiB, GB.", f"{name}={value}GiB")
     with suppress(OverflowError):
-        amount = parse_bytes(value)
+        try:
+            amount = parse_bytes(value, name)
+        except Misuse as error:
+            raise _impossible(error.problem.what, error.problem.why, f"{name}=6GiB") from None
         if amount < documents.MAX_NUMBER:
             return amount
     raise _impossible(f"{name} cannot be {value[:40]}", "No machine has as much.", f"{name}=6GiB")
@@ -132,7 +138,7 @@ def _version(name: str, value: str) -> str:
 
 def _gpu(facts: Facts, value: str) -> Facts:
     """Another card, with the driver that is there; where none answers for a card, nothing is known of the driver."""
-    imagined, old = imagine(value, None, facts.hardware), facts.hardware.gpus
+    imagined, old = imagine(value, None, facts.hardware, GPU), facts.hardware.gpus
     unknown = {} if old else {"libcuda": None, "device_nodes": (), "nouveau": False, "kernel_driver": None}
     system = replace(facts.system, **unknown)  # type: ignore[arg-type]
     known = {"driver": old[0].driver, "cuda_driver": old[0].cuda_driver} if old else {}

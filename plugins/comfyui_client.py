@@ -40,6 +40,10 @@ class Refused(Exception):
         self.status, self.text = status, text
 
 
+class Hung(KleinctlError):
+    """The server was asked, and gave no answer in time."""
+
+
 class Failed(Exception):
     """A prompt failed; `said` is what the server tells of it: `node_type`, `exception_message`, `traceback` …"""
 
@@ -160,6 +164,8 @@ class Client:
             except Failed:
                 queued(None)
                 raise
+            except Hung:  # nor would it hear that it is to stop
+                raise
             except BaseException:
                 with contextlib.suppress(Refused, KleinctlError):
                     self.stop(prompt)
@@ -212,7 +218,8 @@ class Client:
             text = answer.read(most + 1)
         except (OSError, http.client.HTTPException) as error:
             self._alive()
-            raise self._silent(f"{path.partition('?')[0]} gave no answer: {error or type(error).__name__}") from None
+            why = f"{path.partition('?')[0]} gave no answer: {error or type(error).__name__}"
+            raise self._silent(why, Hung if isinstance(error, TimeoutError) else KleinctlError) from None
         finally:
             connection.close()
         if not 200 <= answer.status < 300:
@@ -229,10 +236,10 @@ class Client:
         finally:
             events.close()
 
-    def _silent(self, why: str) -> KleinctlError:
+    def _silent(self, why: str, kind: type[KleinctlError] = KleinctlError) -> KleinctlError:
         fix = "start ComfyUI, or without it: kleinctl run --backend staged-decode"
         what = "the ComfyUI server does not answer"
-        return KleinctlError(Problem(what, f"{self.url}{why}.", fix, name="comfyui-silent"))
+        return kind(Problem(what, f"{self.url}{why}.", fix, name="comfyui-silent"))
 
     def _hangs(self, before: int) -> KleinctlError:
         waits = f"jobs before this one: {before}" if before else "this job runs"

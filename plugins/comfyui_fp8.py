@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +16,7 @@ from kleinctl_plugins import comfyui_client, comfyui_files, comfyui_graph
 from kleinctl_plugins.comfyui_client import UNSEEN, Client, Failed, File, Refused
 from kleinctl_plugins.comfyui_files import Load, Mark
 from kleinctl_plugins.comfyui_graph import STAGES, Api, Files, Reference
-from kleinctl_plugins.comfyui_server import Server, forbidden, open_server, quoted, running_server
+from kleinctl_plugins.comfyui_server import Server, open_server, quoted, running_server
 from kleinctl_plugins.pipeline import open_references
 
 from kleinctl import (
@@ -59,7 +58,7 @@ INPUTS = {
 ODD_BYTES = 2**30
 #: What is shown while somebody else's job is before ours: with its steps, or where ComfyUI does not tell them.
 BEFORE = "queue, the job before this one"
-HIDDEN = "queue, behind a job that shows its steps to its own page alone, since {since} (Ctrl-C ends this one alone)"
+HIDDEN = "queue, behind a job that shows its steps to its own page alone (Ctrl-C ends this one alone)"
 #: The oldest compute capability with arithmetic in four bits.
 NVFP4 = (12, 0)
 
@@ -371,9 +370,7 @@ class Session:
 
     def _at_home(self, problem: Problem) -> Problem:
         """The problem with a fix that names this checkout's folder, where it is known."""
-        if self.checkout is None:
-            return problem
-        return replace(problem, fix=problem.fix.replace("--comfyui DIR", f"--comfyui {quoted(self.checkout.path)}"))
+        return replace(problem, fix=problem.fix.replace("--comfyui DIR", f"--comfyui {self.server.place}"))
 
     def _say(self, text: str) -> None:
         """Warn, once for a picture."""
@@ -386,7 +383,7 @@ class Session:
             try:
                 self._offers[kind] = self.server.client.node(kind)
             except Refused as error:
-                raise forbidden(error, self.server.url) from None
+                raise self.server.forbidden(error) from None
         return self._offers[kind]
 
     def _names(self, precision: str = "") -> Files:
@@ -449,7 +446,7 @@ class Session:
             try:
                 handed.append(Reference(self.server.client.upload(name, png), image.width * image.height))
             except Refused as error:
-                raise forbidden(error, self.server.url) from None
+                raise self.server.forbidden(error) from None
         return handed
 
     # What goes wrong
@@ -490,7 +487,7 @@ class Session:
     def _rejected(self, api: Api, error: Refused) -> KleinctlError:
         """The problem of a graph that the server did not take."""
         if error.status != 400:
-            return forbidden(error, self.server.url)
+            return self.server.forbidden(error)
         try:
             said = json.loads(error.text)
         except (ValueError, RecursionError):
@@ -545,7 +542,7 @@ class _Told:
 
     def __init__(self, api: Api, job: Job, progress: Any) -> None:
         self._api, self._job, self._progress, self._stage = api, job, progress, "load"
-        self._jobs, self._since = 0, ""
+        self._jobs = 0
 
     def __call__(self, node: str, value: float, most: float) -> None:
         if not node:
@@ -571,10 +568,7 @@ class _Told:
             self._progress(self._stage, 0, 1)
         else:
             self._jobs = max(self._jobs, value)
-            if most != UNSEEN:  # the queue has moved
-                self._since = time.strftime("%H:%M")
-            stage = HIDDEN.format(since=self._since) if most == UNSEEN else "queue"
-            self._progress(stage, self._jobs - value, self._jobs + 1)
+            self._progress(HIDDEN if most == UNSEEN else "queue", self._jobs - value, self._jobs + 1)
 
 
 def _base(name: str) -> str:

@@ -67,7 +67,7 @@ def running_server(checkout: comfyui.Checkout) -> Server | None:
     own = _real((checkout.base or checkout.path) / "custom_nodes")
     if not checkout.url or own not in map(_real, folders.get("custom_nodes", ())):
         return None
-    server = Server(checkout.url)
+    server = Server(checkout.url, checkout.path)
     server.folders = folders
     return _met(server)
 
@@ -123,10 +123,15 @@ class Server:
     #: The folders that it searches by kind, as far as it was asked.
     folders: Mapping[str, Sequence[str]] = {}
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, place: Path | None = None) -> None:
+        self.url, self._place = url, place
         self.client = Client(url, self.alive)
         self._warden = _Warden({"url": url})
+
+    @property
+    def place(self) -> str:
+        """Its checkout as a command takes it; `DIR` where that is not known."""
+        return quoted(self._place) if self._place else "DIR"
 
     @property
     def pid(self) -> int | None:
@@ -155,16 +160,16 @@ class Server:
         try:
             answer = self.client.ask("/system_stats")
         except Refused as error:
-            raise forbidden(error, self.url) from None
+            raise self.forbidden(error) from None
         system = _system(answer)
         if not system:
             why = f"{self.url} says nothing of a ComfyUI: {json.dumps(answer)[:200]}"
-            what, fix = "what answers is not ComfyUI", "kleinctl doctor --comfyui DIR"
+            what, fix = "what answers is not ComfyUI", f"kleinctl doctor --comfyui {self.place}"
             raise KleinctlError(Problem(what, why, fix, name="comfyui-failed"))
         self.version = str(system.get("comfyui_version") or "unknown")[:40]
         self.torch = str(system.get("pytorch_version") or "unknown")[:40]
         self.python = (str(system.get("python_version") or "").split() or ["unknown"])[0][:40]
-        check_version(self.version)
+        check_version(self.version, self.place)
         self.met = True
 
     def watch(self, prompt: str | None) -> None:
@@ -173,6 +178,17 @@ class Server:
 
     def alive(self) -> None:
         """Raise where it is known that the server has ended."""
+
+    def forbidden(self, error: Refused) -> KleinctlError:
+        """The problem of a request that was refused by its status alone."""
+        if error.status == 403:
+            why = f"{self.url} answered 403: it compares Host and Origin, and something between changes them."
+            fix = "ask ComfyUI directly at http://127.0.0.1:8188, without a proxy"
+            problem = Problem("ComfyUI refuses requests from here", why, fix, name="origin-mismatch", ref="E08")
+            return KleinctlError(problem)
+        why = f"{self.url} answered HTTP {error.status}: {' '.join(error.text.split())[:300] or 'nothing more'}"
+        what, fix = "what answers is not the ComfyUI that was expected", f"kleinctl doctor --comfyui {self.place}"
+        return KleinctlError(Problem(what, why, fix, name="comfyui-failed"))
 
     def empty(self) -> None:
         """Let it drop what it holds, but not while it works for somebody else."""
@@ -236,7 +252,7 @@ class Started(Server):
                 answer = self.client.ask("/system_stats")
             except Refused as error:
                 if error.status == 403:  # it compares Host and Origin
-                    raise forbidden(error, self.url) from None
+                    raise self.forbidden(error) from None
                 raise KleinctlError(self._taken(f"answers HTTP {error.status}")) from None
             except KleinctlError as error:
                 if error.problem.name != "comfyui-silent":
@@ -422,8 +438,8 @@ def _started_with(answer: Any, words: Sequence[str]) -> bool:
     return bool(system) and isinstance(told, list) and set(words) <= {str(each) for each in told}
 
 
-def check_version(version: str) -> None:
-    """Whether the server knows klein. That it has the nodes of FLUX.2 proves nothing: they came before.
+def check_version(version: str, place: str) -> None:
+    """Whether the server in `place` knows klein. That it has the nodes of FLUX.2 proves nothing: they came before.
 
     Raises:
         KleinctlError: it does not.
@@ -434,23 +450,11 @@ def check_version(version: str) -> None:
             Problem(
                 "this ComfyUI is too old for klein",
                 f"Wanted is ComfyUI {OLDEST} or newer; this is {version}, which takes klein for another model.",
-                "kleinctl doctor --fix --comfyui DIR",
+                f"kleinctl doctor --fix --comfyui {place}",
                 name="comfyui-too-old",
                 ref="C07",
             )
         )
-
-
-def forbidden(error: Refused, url: str) -> KleinctlError:
-    """The problem of a request that was refused by its status alone."""
-    if error.status == 403:
-        why = f"{url} answered 403: it compares Host and Origin, and something between changes them."
-        fix = "ask ComfyUI directly at http://127.0.0.1:8188, without a proxy"
-        problem = Problem("ComfyUI refuses requests from here", why, fix, name="origin-mismatch", ref="E08")
-        return KleinctlError(problem)
-    why = f"{url} answered HTTP {error.status}: {' '.join(error.text.split())[:300] or 'nothing more'}"
-    what = "what answers is not the ComfyUI that was expected"
-    return KleinctlError(Problem(what, why, "kleinctl doctor --comfyui DIR", name="comfyui-failed"))
 
 
 def tail(log: Path, since: int = 0) -> str:

@@ -20,9 +20,9 @@ from typing import Any
 
 from kleinctl import InstalledModel
 
-#: Embeddings that a session remembers (those of the jobs it is told of ahead, and of the empty prompt), and bytes of
-#: them that the folder may take (7.9 MB each).
-REMEMBERED, FOLDER_BYTES = 41, 512 * 2**20
+#: Embeddings that a session remembers where it is told of no jobs ahead, and bytes of them that the folder may take
+#: (7.9 MB each).
+REMEMBERED, FOLDER_BYTES = 8, 512 * 2**20
 #: After so many seconds nobody writes a partial file any more.
 PARTIAL_SECONDS = 3600
 #: Roles of parts that have no say in what a prompt becomes.
@@ -36,10 +36,15 @@ class Embeddings:
 
     def __init__(self, model: InstalledModel, device: str) -> None:
         self._remembered: OrderedDict[str, Any] = OrderedDict()
+        self._most = REMEMBERED
         self._decides = _decides(model, device)
         known = bool(model.parts) and UNKNOWN not in self._decides["parts"].values()
         self._folder = model.cache / "embeddings" if model.cache and known else None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="embeddings")
+
+    def expect(self, prompts: int) -> None:
+        """Remember so many from now on, if that is more than usual."""
+        self._most = max(REMEMBERED, prompts)
 
     def get(self, prompt: str, precision: str = "") -> Any:
         """The embedding of `prompt` on the host; None where it is not known."""
@@ -68,7 +73,7 @@ class Embeddings:
 
     def _remember(self, key: str, embedding: Any) -> None:
         self._remembered[key] = embedding
-        while len(self._remembered) > REMEMBERED:
+        while len(self._remembered) > self._most:
             self._remembered.popitem(last=False)
 
     def _read(self, key: str) -> Any:

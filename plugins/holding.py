@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from kleinctl_plugins.fp8 import FP8, SCALE_BYTES
-from kleinctl_plugins.layout import ITEM_BYTES
+from kleinctl_plugins.layout import ITEM_BYTES, READER_SLOTS, SLOT_BYTES
 
 from kleinctl import Hardware, Job, Model, Stage, memory
 
@@ -27,12 +27,12 @@ TILED = 1.78
 #: Slots of the ring through which blocks stream: one is filled while another computes; with a single one they wait.
 SLOTS = (2, 1)
 #: On a card, bytes that are lost at the edges of what is free: torch maps memory in pieces of 20 MiB, and those that
-#: something still lies in stay (0.16 GiB where 0.23 in one piece were wanted, klein-4b at 1536x1536).
-EDGE_BYTES = 96 * 2**20
+#: something still lies in stay: by its allocator's rules at most 44 MiB of klein-4b's plans (docs/measurements.md).
+EDGE_BYTES = 64 * 2**20
 #: Host memory that is left to the page cache where weights are read again for each picture, in bytes.
 PAGES_BYTES = 2**30
-#: Pinned host memory of the readers, in bytes: four of them, two slots of 32 MiB each.
-READER_BYTES = 4 * 2 * 32 * 2**20
+#: Pinned host memory of the readers, in bytes.
+READER_BYTES = READER_SLOTS * SLOT_BYTES
 #: Of copies from memory that is not pinned: their rate, of that from pinned memory (12.9-18.4 of 22.5-23.9 GB/s on an
 #: RTX 4090, NVlabs/cuda-oxide#976).
 PAGEABLE_SHARE = 0.6

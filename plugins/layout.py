@@ -23,6 +23,8 @@ from typing import Any
 ALIGNMENT = 512
 #: Readers at a time, and the most that one of them reads in one go, in bytes.
 READERS, RUN_BYTES = 4, 64 * 2**20
+#: Pinned slots through which they send weights to a card, two for each, and their bytes.
+READER_SLOTS, SLOT_BYTES = 2 * READERS, 16 * 2**20
 #: safetensors' names of dtypes, as torch has them, and their bytes.
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "I64": "int64"}
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "int64": 8}

@@ -232,6 +232,7 @@ class Session:
         import torch
 
         self._denoised.clear()
+        self._embeddings.expect(len(jobs) + 1)  # and the empty prompt
         with torch.no_grad():
             for number, job in enumerate(jobs):
                 self._staged(partial(self._encode, job=job, progress=_silent), self._plan(job), job)

@@ -22,10 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from kleinctl_plugins.fp8 import expand, pack, packed_bytes
-from kleinctl_plugins.layout import DTYPES, READERS, EarlyReader, Layout, Piece, host_memory, pread, tensors
-
-#: Pinned slots of each reader through which weights go to the device, in bytes.
-SLOT_BYTES = 32 * 2**20
+from kleinctl_plugins.layout import (
+    DTYPES,
+    READER_SLOTS,
+    READERS,
+    SLOT_BYTES,
+    EarlyReader,
+    Layout,
+    Piece,
+    host_memory,
+    pread,
+    tensors,
+)
 
 
 @dataclass
@@ -318,7 +326,7 @@ class Reader:
         self._ahead: EarlyReader | None = None
         self._slots: deque[Any] = deque()
         if self.cuda:  # before anything else is pinned: all reading goes through them
-            self._slots.extend(self._slot() for _ in range(2 * READERS))
+            self._slots.extend(self._slot() for _ in range(READER_SLOTS))
 
     def _slot(self) -> Any:
         import torch

@@ -327,6 +327,34 @@ def test_a_batch_loads_the_encoder_and_the_transformer_once_each(sessions):
     batch.close()
 
 
+def test_a_large_batch_encodes_every_prompt_once():
+    jobs = [replace(CIRCLE, prompt=f"{number} red circles", width=64, height=64, steps=1) for number in range(12)]
+    batch = held("resident", room=PLENTY)
+    batch.prepare(jobs, lambda *event: None)
+    used: list[str] = []
+    batch.encoder.module.register_forward_pre_hook(lambda *given: used.append("encoder"))
+    for job in jobs:
+        draw(batch, job)
+    assert not used
+    batch.close()
+
+
+def test_a_finished_picture_waits_for_no_files_that_the_next_may_not_need(monkeypatch):
+    """Of a prompt that comes again the text encoder is not needed; copies from host memory go on meanwhile."""
+    from kleinctl_plugins.weights import Reader
+
+    session, read = held("resident", room=SOME, host=NOTHING), []
+    assert session._plan(CIRCLE).encoder.read
+
+    def finished(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("decode", 1):
+            monkeypatch.setattr(Reader, "_read", lambda self, layout, *given: read.append(layout.name))
+
+    session.generate(CIRCLE, finished)
+    assert not [name for name in read if name.startswith("layers.")]
+    session.close()
+
+
 def test_weights_that_were_read_before_torch_came_give_the_same_bits():
     from kleinctl_plugins.layout import EarlyReader
     from kleinctl_plugins.staged_decode import Session, _layouts
@@ -346,7 +374,7 @@ def test_weights_that_were_read_before_torch_came_give_the_same_bits():
 def test_what_a_plan_holds_on_the_host_is_read_ahead_and_the_rest_is_expected_as_it_will_be_read(monkeypatch):
     from kleinctl_plugins.layout import EarlyReader
 
-    card, asked = imagine("RTX 3050", 16 * GIB), Budget(int(0.9 * GIB), 16 * GIB, "cuda:0")
+    card, asked = imagine("RTX 3050", 16 * GIB), Budget(int(0.87 * GIB), 16 * GIB, "cuda:0")
     plan = holding.best(holding.Task.of(TINY.manifest, card, CIRCLE), asked.vram_bytes, 14 * GIB)
     assert plan.transformer.host and len(plan.transformer.kept) > 1
     read, expected = [], []

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -19,8 +20,8 @@ from PIL import Image
 from kleinctl import batch, records, road
 from kleinctl.batch import changes, demands, parse, read, tasks
 from kleinctl.cli.progress import Pace
-from kleinctl.cli.steps import stage_text
-from kleinctl.generate import CHUNK, Failure, Step
+from kleinctl.cli.steps import shown_on, stage_text
+from kleinctl.generate import CHUNK, Failure, Output, Step
 from kleinctl.hardware import Hardware, imagine
 from kleinctl.planner import compare, default_job, precisions
 from kleinctl.plugins import Plugins
@@ -194,16 +195,16 @@ def test_a_picture_that_is_there_is_not_made_again_but_another_jobs_is_left_alon
     Image.new("RGB", (64, 64)).save(reference)
     wanted = job(7, images=(reference,), precision="fp8")
     [task] = placed(wanted, tmp_path)
-    assert (task.output, task.done) == (tmp_path / "klein-0003-7.png", False)
-    run(replace(request(wanted), outputs=(task.output,)), ignore)
+    assert (task.path, task.done) == (tmp_path / "klein-0003-7.png", False)
+    run(replace(request(wanted), outputs=(Output(task.path),)), ignore)
     assert placed(wanted, tmp_path)[0].done
     assert placed(replace(wanted, images=(reference.rename(tmp_path / "moved.png"),)), tmp_path)[0].done
     wanted = replace(wanted, images=(tmp_path / "moved.png",))
     other = {"prompt": "blue", "width": 80, "height": 80, "steps": 4, "guidance": 2.0, "precision": "", "images": ()}
     for name, value in other.items():
         [task] = placed(replace(wanted, **{name: value}), tmp_path)
-        assert (task.output.name, task.done) == ("klein-0003-7-2.png", False), name
-    assert placed(wanted, tmp_path, {"vae": "b" * 64})[0].output.name == "klein-0003-7-2.png"
+        assert (task.path.name, task.done) == ("klein-0003-7-2.png", False), name
+    assert placed(wanted, tmp_path, {"vae": "b" * 64})[0].path.name == "klein-0003-7-2.png"
     Image.new("RGB", (64, 64), "red").save(tmp_path / "moved.png")
     assert not placed(wanted, tmp_path)[0].done
 
@@ -211,7 +212,7 @@ def test_a_picture_that_is_there_is_not_made_again_but_another_jobs_is_left_alon
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n"])
 def test_a_file_that_is_no_picture_under_that_name_is_left_alone(content, tmp_path):
     (tmp_path / "klein-0003-7.png").write_bytes(content)
-    assert placed(job(7), tmp_path)[0].output.name == "klein-0003-7-2.png"
+    assert placed(job(7), tmp_path)[0].path.name == "klein-0003-7-2.png"
 
 
 HOLDING = """
@@ -249,6 +250,16 @@ def test_stages_in_words():
     assert stage_text(Step("denoise", 1, 4, 1, 1)) == "denoise"
     assert stage_text(Step("denoise", 1, 4, 3, 16)) == "picture 3 of 16: denoise"
     assert stage_text(Step("encode", 3, 16, 0, 16)) == "prompts"
+
+
+def test_what_waits_for_others_is_shown_with_the_time_since_when(monkeypatch):
+    shown, clock = [], iter(["14:03", "14:05", "14:09"])
+    monkeypatch.setattr(time, "strftime", lambda form: next(clock))
+    bars = SimpleNamespace(show=lambda key, text, *rest: shown.append(text))
+    show = shown_on(bars, 1)
+    for stage in ("queue", "queue", "denoise", "queue"):
+        show(Step(stage, 0, 4, 1, 1))
+    assert shown[1:] == ["since 14:03: queue", "since 14:03: queue", "denoise", "since 14:09: queue"]
 
 
 def test_the_time_that_is_left_counts_what_is_done_ahead_for_those_that_have_it(monkeypatch):

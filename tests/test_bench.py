@@ -70,7 +70,12 @@ def test_a_model_that_is_not_installed(kleinctl):
 def test_several_values_follow_one_option(kleinctl):
     answer = kleinctl("bench", "--model", "klein-tiny", "--sizes", "256", "wide", "--runs", "2")
     assert answer.exit_code == 2
-    assert "'wide' is no picture size" in answer.stderr
+    assert "'wide' is no picture size" in answer.stderr and "hint: --sizes 1024x768\n" in answer.stderr
+
+
+def test_a_size_of_nothing_is_told_by_the_option_that_it_was_given_for(kleinctl):
+    answer = kleinctl("bench", "--model", "klein-tiny", "--sizes", "0")
+    assert answer.exit_code == 2 and "hint: --sizes 16x16\n" in answer.stderr
 
 
 # What is taken of the card
@@ -237,9 +242,10 @@ def test_a_chart_that_cannot_be_drawn(tmp_path):
 def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(option, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(KleinctlError) as raised:
-        check_files(*([tmp_path / "file" / "x"] if option == "-o" else [None, tmp_path / "file" / "x"]))
+        check_files({"-o": None, "--chart": None, option: tmp_path / "file" / "x"})
     assert raised.value.problem.name == "output-unwritable"
-    check_files(None, tmp_path / "new" / "chart.png")
+    assert f" {option} bench." in raised.value.problem.fix
+    check_files({"-o": None, "--chart": tmp_path / "new" / "chart.png"})
     assert list((tmp_path / "new").iterdir()) == []
 
 

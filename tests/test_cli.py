@@ -281,6 +281,13 @@ def test_a_setting_that_is_misspelt_is_named_with_the_one_that_was_meant(kleinct
     assert kleinctl("undo", "--list").exit_code == 0
 
 
+def test_a_table_that_is_named_after_no_command_is_named_with_the_one_that_was_meant(kleinctl, empty_home):
+    settings(empty_home, '[hub]\ncertificates = "system"\n[runn]\nsteps = 8\n')
+    answer = kleinctl("models")
+    assert answer.exit_code == 1 and "error[config-broken]: " in answer.stderr
+    assert "[runn] is there; " in answer.stderr and " Did you mean run?\n" in answer.stderr
+
+
 def test_a_setting_with_a_value_that_cannot_be_is_not_called_mistyped_in_the_command(kleinctl, empty_home):
     settings(empty_home, '[run]\nsteps = "many"\n')
     answer = kleinctl("run", "a cat")
@@ -296,7 +303,7 @@ def test_a_setting_may_be_spelt_as_its_option_is(kleinctl, empty_home):
 
 
 def test_what_doctor_says_to_type_next_has_the_log_that_showed_the_problem(kleinctl, tmp_path):
-    from kleinctl.fixes.request import shell
+    from kleinctl.problem import shell
 
     log = tmp_path / "my log.txt"
     log.write_text("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n")
@@ -324,6 +331,14 @@ def test_uninstall_with_nobody_to_ask_wants_yes(kleinctl):
     answer = kleinctl("uninstall", "klein-tiny")
     assert answer.exit_code == 2
     assert "hint: kleinctl uninstall klein-tiny --yes\n" in answer.stderr
+
+
+def test_uninstall_leaves_what_lies_behind_a_link_to_another_disk_and_says_so(kleinctl, empty_home, tmp_path):
+    (tmp_path / "vae.safetensors").touch()
+    (empty_home / "kleinctl" / "models").mkdir(parents=True)
+    (empty_home / "kleinctl" / "models" / "klein-tiny").symlink_to(tmp_path, target_is_directory=True)
+    said = kleinctl("uninstall", "klein-tiny", "--yes").stderr
+    assert "left, for it lies behind a link of yours: " in said and (tmp_path / "vae.safetensors").exists()
 
 
 def test_text_from_strangers_cannot_steer_the_terminal(capsys):

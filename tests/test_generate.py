@@ -19,7 +19,17 @@ from kleinctl.backends import Budget, Fit, InstalledModel, Job
 from kleinctl.checks.run import run_problems
 from kleinctl.executors import ProcessExecutor
 from kleinctl.facts.run import finished_run
-from kleinctl.generate import Finished, Painter, Request, Step, check_outputs, choose_outputs, output_folder, run
+from kleinctl.generate import (
+    Finished,
+    Output,
+    Painter,
+    Request,
+    Step,
+    check_outputs,
+    choose_outputs,
+    output_folder,
+    run,
+)
 from kleinctl.hardware import Hardware
 from kleinctl.pictures import reference
 from kleinctl.pngtext import plain_text, read_text, utf8_text, with_chunks
@@ -45,8 +55,8 @@ def job(seed=7, **changes):
     return Job(**{**values, **changes})
 
 
-def request(*jobs, output=None, backend="echo", plugin="tests.plugins.echo", folder=None, **changes):
-    outputs = choose_outputs(jobs, output, folder=folder)
+def request(*jobs, output=None, backend="echo", plugin="tests.plugins.echo", **changes):
+    outputs = choose_outputs(jobs, output)
     values = {"parts": {"vae": "a" * 64}, **changes}
     python, budget = Path(sys.executable), Budget(0, 2**30, "cpu")
     return Request(tiny_model(), Path("/nowhere"), backend, plugin, python, budget, jobs, outputs, **values)
@@ -80,7 +90,7 @@ def test_a_picture_and_its_json(tmp_path):
 
 
 def test_the_schema_refuses_what_is_no_run(tmp_path):
-    document = run(request(job(), folder=tmp_path), ignore).to_json()
+    document = run(request(job(), output=tmp_path), ignore).to_json()
     for wrong in ({"images": []}, {"peak_vram_bytes": -1}, {"schema": "kleinctl.run/2"}, {"extra": 1}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({**document, **wrong}, json.loads(SCHEMA.read_text()))
@@ -100,7 +110,7 @@ def test_the_picture_says_how_it_was_made(tmp_path):
 
 def test_the_same_job_gives_the_same_file(tmp_path):
     first = run(request(job(), output=tmp_path / "a.png"), ignore).images[0]
-    second = run(request(job(), job(8), folder=tmp_path), ignore).images
+    second = run(request(job(), job(8), output=tmp_path), ignore).images
     assert first.sha256 == second[0].sha256 != second[1].sha256
     assert (tmp_path / "a.png").read_bytes() == second[0].path.read_bytes()
 
@@ -117,7 +127,7 @@ def test_several_jobs_share_one_worker_and_keep_their_order(tmp_path):
 
 
 def test_a_prompt_longer_than_the_model_reads(tmp_path):
-    result = run(request(job(prompt="word " * 600), job(prompt="short"), folder=tmp_path), ignore)
+    result = run(request(job(prompt="word " * 600), job(prompt="short"), output=tmp_path), ignore)
     assert result.warnings == ["prompt is 600 tokens, the model reads 512"]
     assert [read_record(image.path)["warnings"] for image in result.images] == [result.warnings, []]
 
@@ -129,7 +139,7 @@ def test_the_unread_end_of_a_long_prompt_is_told_by_klein_tiny(tmp_path):
     model = manifest.load(folder.with_suffix(".toml"))
     asked = job(prompt="a very " * 300 + "large red circle", steps=1)
     offer = {"backend": "staged-decode", "plugin": "kleinctl_plugins.staged_decode"}
-    wanted = replace(request(asked, folder=tmp_path, **offer), model=model, folder=folder)
+    wanted = replace(request(asked, output=tmp_path, **offer), model=model, folder=folder)
     result = run(wanted, ignore)
     cut = result.images[0].prompt_cut
     assert cut.limit == 512 < cut.tokens and cut.tail.startswith(("a very", "very")) and cut.tail.endswith("red circle")
@@ -185,11 +195,11 @@ def test_no_half_picture_stays_when_writing_fails(backend, name, tmp_path):
 
 
 def test_outputs_are_looked_at_without_making_anything(tmp_path):
-    check_outputs([tmp_path / "new" / "folder" / "a.png"])
+    check_outputs([Output(tmp_path / "new" / "folder" / "a.png")])
     assert files(tmp_path) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(KleinctlError, match="is no folder"):
-        check_outputs([tmp_path / "file" / "new" / "a.png"])
+        check_outputs([Output(tmp_path / "file" / "new" / "a.png")])
 
 
 def test_a_folder_of_pictures_that_is_a_file(tmp_path):
@@ -199,17 +209,17 @@ def test_a_folder_of_pictures_that_is_a_file(tmp_path):
     assert caught.value.problem.name == "output-not-a-folder"
 
 
-def test_without_a_name_nothing_is_ever_replaced(tmp_path):
+def test_without_a_name_nothing_is_ever_replaced(tmp_path, monkeypatch):
     (tmp_path / "klein-7.png").write_text("precious")
-    assert choose_outputs([job(), job()], None, folder=tmp_path) == (
-        tmp_path / "klein-7-2.png",
-        tmp_path / "klein-7-3.png",
-    )
+    monkeypatch.chdir(tmp_path)
+    for named in (None, tmp_path):
+        chosen = choose_outputs([job(), job()], named)
+        assert chosen == (Output(tmp_path / "klein-7-2.png"), Output(tmp_path / "klein-7-3.png"))
 
 
 def test_two_runs_at_once_that_chose_the_same_name_keep_both_pictures(tmp_path):
-    first, second = request(job(), folder=tmp_path), request(job(prompt="a blue square"), folder=tmp_path)
-    assert first.outputs == second.outputs == (tmp_path / "klein-7.png",)
+    first, second = request(job(), output=tmp_path), request(job(prompt="a blue square"), output=tmp_path)
+    assert first.outputs == second.outputs == (Output(tmp_path / "klein-7.png"),)
     with Painter(first, ignore) as painter, Painter(second, ignore) as other:
         painter.paint(first.jobs[0], first.outputs[0], ignore)
         assert other.paint(second.jobs[0], second.outputs[0], ignore).path == tmp_path / "klein-7-2.png"
@@ -219,9 +229,9 @@ def test_two_runs_at_once_that_chose_the_same_name_keep_both_pictures(tmp_path):
 
 
 def test_a_name_that_another_run_takes_before_this_one_begins_is_not_replaced(tmp_path):
-    for name in (None, tmp_path / "klein-7.png", tmp_path / "mine.png"):
-        slow = request(job(), output=name, folder=tmp_path)
-        [output] = slow.outputs
+    for name in (tmp_path, tmp_path / "klein-7.png", tmp_path / "mine.png"):
+        slow = request(job(), output=name)
+        output = slow.outputs[0].path
         output.write_text("the other's")
         assert run(slow, ignore).images[0].path == output.with_stem(f"{output.stem}-2")
         assert output.read_text() == "the other's"
@@ -245,16 +255,15 @@ def test_an_output_that_cannot_be_meant(output, count, fix):
 
 
 def test_an_output_folder_for_one_picture(tmp_path):
-    assert choose_outputs([job()], tmp_path) == (tmp_path / "klein-7.png",)
-    assert choose_outputs([job()], str(tmp_path / "new") + "/") == (tmp_path / "new" / "klein-7.png",)
-    assert choose_outputs([job()], tmp_path / "new", many=True) == (tmp_path / "new" / "klein-7.png",)
+    assert choose_outputs([job()], tmp_path) == (Output(tmp_path / "klein-7.png"),)
+    assert choose_outputs([job()], str(tmp_path / "new") + "/") == (Output(tmp_path / "new" / "klein-7.png"),)
 
 
 def test_an_output_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
     assert "cannot be written" in problem_of(request(job(), output=tmp_path / "file" / "a.png")).what
-    assert "It is a folder" in problem_of(replace(request(job()), outputs=(tmp_path / "folder.png",))).why
+    assert "It is a folder" in problem_of(replace(request(job()), outputs=(Output(tmp_path / "folder.png"),))).why
     with pytest.raises(Misuse, match="too long"):
         request(job(), output=tmp_path / ("a" * 300 + ".png"))
 
@@ -266,7 +275,7 @@ def test_a_folder_of_someone_else(tmp_path):
 
 
 def test_pictures_finished_before_a_failure_stay(tmp_path):
-    wanted = request(job(1), job(2), folder=tmp_path, backend="exits-later", plugin="tests.plugins.misbehaving")
+    wanted = request(job(1), job(2), output=tmp_path, backend="exits-later", plugin="tests.plugins.misbehaving")
     problem = problem_of(wanted, ProcessExecutor())
     assert "1 of 2 pictures were finished." in problem.why
     assert files(tmp_path) == ["klein-1.png"]
@@ -371,15 +380,15 @@ def test_a_warm_model_paints_on_after_a_failed_job(tmp_path):
     wanted = request(job(), backend="card-full-later", plugin="tests.plugins.misbehaving")
     with Painter(wanted, ignore) as painter:
         with pytest.raises(KleinctlError):
-            painter.paint(job(2), tmp_path / "a.png", ignore)
-        assert painter.paint(job(1), tmp_path / "b.png", ignore).job.seed == 1
+            painter.paint(job(2), Output(tmp_path / "a.png"), ignore)
+        assert painter.paint(job(1), Output(tmp_path / "b.png"), ignore).job.seed == 1
     assert files(tmp_path) == ["b.png"]
 
 
 CONTROL = """
 from tests.test_generate import *
 plugin = "tests.plugins.misbehaving"
-run(request(job(1), job(2), folder=Path(sys.argv[1]), backend="hangs-later", plugin=plugin), ignore)
+run(request(job(1), job(2), output=Path(sys.argv[1]), backend="hangs-later", plugin=plugin), ignore)
 """
 
 
@@ -455,7 +464,7 @@ HUGE = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 60000, 60000) + b"\
 def test_a_reference_that_is_no_picture(make, says, tmp_path):
     path = tmp_path / "reference.png"
     make(path)
-    problem = problem_of(request(job(images=(path,)), folder=tmp_path))
+    problem = problem_of(request(job(images=(path,)), output=tmp_path))
     assert problem.what == "reference.png cannot be used as a reference picture"
     assert says.lower() in problem.why.lower()
 
@@ -523,7 +532,7 @@ def test_a_record_that_asks_for_the_impossible(change, tmp_path):
 
 def test_a_precision_goes_into_the_record_and_comes_back(tmp_path):
     asked = job(precision="fp8")
-    run(request(asked, job(), folder=tmp_path), ignore)
+    run(request(asked, job(), output=tmp_path), ignore)
     record = read_record(tmp_path / "klein-7.png")
     assert record["precision"] == "fp8" and job_from_record(record) == asked
     assert "precision" not in read_record(tmp_path / "klein-7-2.png")

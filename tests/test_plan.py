@@ -78,3 +78,23 @@ def test_a_reason_says_for_which_sizes_it_goes(kleinctl):
 def test_a_card_without_a_name(kleinctl):
     answer = kleinctl("plan", "--gpu", "")
     assert (answer.exit_code, answer.stdout) == (2, "") and "[unknown-gpu]" in answer.stderr
+
+
+def test_a_size_on_disk_that_is_not_wholly_known_is_told_as_models_tells_it(kleinctl):
+    words = ("plan", "--model", "klein-base-9b", "--backend", "diffusers", "--gpu", "RTX 5090", "--ram", "64")
+    assert "\nklein-base-9b, over 16.6 GB on disk; " in kleinctl(*words, "--size", "1024").stdout
+    assert "over 16.6 GB" in kleinctl("models").stdout
+
+
+def test_a_machine_without_a_card_is_shown_no_figures_of_what_wants_one(kleinctl):
+    answer = kleinctl("plan", "--gpu", "none", "--ram", "32", "--size", "1024").stdout
+    assert "\nklein-4b, 16.0 GB on disk: nothing runs it without an NVIDIA card\n" in answer
+    assert " min" not in answer and [line for line in answer.splitlines() if line.rstrip().endswith(" yes")]
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_figures_of_an_impossible_size_are_whole(kleinctl, columns):
+    words = ("plan", "--gpu", "RTX 4090", "--ram", "64", "--model", "klein-4b", "--size", "99999")
+    answer = kleinctl(*words, COLUMNS=str(columns)).stdout
+    assert "…" not in answer and " 22005.1 " in answer
+    assert "99984x99984 " in answer or ("99984x9 " in answer and "\n   9984 " in answer)

@@ -15,7 +15,7 @@ from kleinctl.cli import output
 from kleinctl.executors import ProcessExecutor, importable
 from kleinctl.explain import files
 from kleinctl.facts import Facts
-from kleinctl.generate import choose_outputs, prepare_outputs
+from kleinctl.generate import Output, choose_outputs, prepare_outputs
 from kleinctl.hardware import Hardware, imagine
 from kleinctl.home import logs_folder
 from kleinctl.pictures import reference
@@ -91,7 +91,7 @@ REFUSALS = {
     "not-a-png": lambda tmp: read_text(text(tmp / "a.png")),
     "output-not-a-folder": lambda tmp: choose_outputs([JOB, JOB], "out.png"),
     "output-not-png": lambda tmp: choose_outputs([JOB], "out.jpg"),
-    "output-unwritable": lambda tmp: prepare_outputs([JOB], [tmp]),
+    "output-unwritable": lambda tmp: prepare_outputs([JOB], [Output(tmp)]),
     "picture-damaged": lambda tmp: read_text(cut(tmp / "a.png")),
     "picture-unreadable": lambda tmp: read_text(tmp / "nowhere.png"),
     "plugin-not-importable": lambda tmp: importable("builtins"),

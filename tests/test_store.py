@@ -68,7 +68,24 @@ def test_a_link_that_leads_out_of_the_folder(tmp_path: Path):
     folder = store.model_folder("klein-4b", "diffusers")
     folder.mkdir(parents=True)
     (folder / "vae").symlink_to(tmp_path)
-    assert refused(store.destination, "klein-4b", "diffusers", part_of(b"x")) == "path-outside-folder"
+    with pytest.raises(KleinctlError) as caught:
+        store.destination("klein-4b", "diffusers", part_of(b"x"))
+    problem = caught.value.problem
+    assert problem.name == "path-outside-folder" and str(tmp_path) in problem.why
+    assert "KLEINCTL_HOME" in problem.fix and "report it" not in problem.fix
+
+
+@pytest.mark.parametrize("linked", ["klein-4b", "klein-4b/diffusers"])
+def test_a_model_that_its_user_keeps_on_another_disk_behind_a_link(tmp_path: Path, linked: str):
+    link = home() / "models" / linked
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path, target_is_directory=True)
+    source, target = tmp_path / "source", store.destination("klein-4b", "diffusers", part_of(b"x"))
+    source.write_bytes(b"x")
+    store.place(source, target)
+    assert target.resolve().is_relative_to(tmp_path) and target.read_bytes() == b"x"
+    assert refused(store.destination, "klein-4b", "diffusers", part_of(b"x", to="../x")) == "path-outside-folder"
+    assert refused(store.model_folder, "klein-4b/..", "diffusers") == "path-outside-folder"
 
 
 def test_a_model_whose_name_climbs():

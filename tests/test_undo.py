@@ -76,6 +76,11 @@ def test_an_entry_that_does_not_exist(config, kleinctl):
     assert json.loads(answer.stdout)["problem"]["why"] == "The newest are 2, 1."
 
 
+def test_an_entry_of_a_journal_without_any(kleinctl):
+    answer = kleinctl("undo", "9", "--json")
+    assert json.loads(answer.stdout)["problem"]["why"] == "The journal has no entry."
+
+
 def test_without_a_terminal_and_without_yes_nothing_is_undone(config, kleinctl):
     answer = kleinctl("undo")
     assert answer.exit_code == 2

@@ -15,14 +15,16 @@ from kleinctl.units import bytes_text, gib, parse_bytes, parse_size, seconds_tex
     [("12GiB", 12 * 2**30), ("12 GB", 12 * 10**9), ("1.5g", 3 * 2**29), ("512", 512), ("2MiB", 2**21), ("7kb", 7000)],
 )
 def test_amounts_of_memory(text, count):
-    assert parse_bytes(text) == count
+    assert parse_bytes(text, "--free") == count
 
 
 @pytest.mark.parametrize("text", ["", "lots", "12 apples", "-3GiB", "1e9", "GiB", "12GiBs"])
 def test_no_amount_of_memory(text):
     with pytest.raises(Misuse) as caught:
-        parse_bytes(text)
-    assert "try 12GiB" in caught.value.problem.fix
+        parse_bytes(text, "--vram-limit")
+    problem = caught.value.problem
+    assert (problem.name, problem.fix) == ("usage", "--vram-limit 12GiB")
+    assert problem.what == f"--vram-limit {text!r} is no amount of memory"
 
 
 def test_sizes():

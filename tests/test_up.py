@@ -119,17 +119,28 @@ def test_bad_input_is_one_clear_error_and_nothing_is_lost(arguments, exit_code, 
 
 
 def test_a_size_beyond_the_memory_names_one_that_fits(kleinctl):
-    limits = ("plan", "--gpu", "RTX 3060 12GB", "--ram", "32", "--model", "klein-4b", "--json")
+    limits = ("plan", "--gpu", "RTX 4060", "--ram", "32", "--model", "klein-4b", "--json")
     rows = json.loads(kleinctl(*limits, "--size", "4096x4096").stdout)["rows"]
     assert not any(row["fit"]["fits"] for row in rows)
     from kleinctl import road
 
     plugins = Plugins(frozenset())
     error = road.no_way(
-        plugins, plugins.model("klein-4b"), None, imagine("RTX 3060 12GB", 32 * GIB), {"width": 4096, "height": 4096}
+        plugins, plugins.model("klein-4b"), None, imagine("RTX 4060", 32 * GIB), {"width": 4096, "height": 4096}
     )
     assert error.problem.what == "klein-4b does not fit this machine at 4096x4096"
-    assert error.problem.fix == "--size 3072x3072"
+    assert error.problem.fix == "--size 2048x2048"
+
+
+def test_of_models_that_do_not_run_the_one_that_lacks_the_least_is_told():
+    from kleinctl.cli import options
+
+    hardware = options.limited(imagine(None, 32 * GIB), None, "1GiB")
+    with pytest.raises(KleinctlError) as raised:
+        options.way(Plugins(frozenset()), hardware, None, None)
+    problem = raised.value.problem
+    assert (problem.name, problem.what) == ("does-not-fit", "klein-tiny does not fit this machine")
+    assert " of RAM; 1.0 GiB are available" in problem.why
 
 
 def test_a_driver_that_is_too_old_ends_with_the_hint_to_install_another():

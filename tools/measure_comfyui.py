@@ -142,7 +142,7 @@ def by_comfyui(asked: Asked, folder: Path, precisions: Mapping[str, str]) -> dic
         for title, precision in precisions.items():
             for name, job in wanted.items():
                 output = folder / f"{title} {name}.png".replace(" ", "-")
-                painter.paint(replace(job, precision=precision), output, quiet)
+                painter.paint(replace(job, precision=precision), generate.Output(output), quiet)
                 drawn[title][name] = levels(output)
     return drawn
 

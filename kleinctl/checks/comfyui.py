@@ -15,7 +15,7 @@ from kleinctl.facts.system import System
 from kleinctl.facts.weights import FoundFile
 from kleinctl.hardware import Hardware
 from kleinctl.identify import title
-from kleinctl.problem import Evidence, Problem, Remedy
+from kleinctl.problem import Evidence, Problem, Remedy, shell
 from kleinctl.units import GIB, gib
 
 #: The first versions of ComfyUI with the nodes of FLUX.2, with Qwen3 as its text encoder, with marked fp8 scales, with
@@ -60,11 +60,15 @@ def update(comfyui: ComfyUI) -> str:
     """How to update a ComfyUI, as a line to paste."""
     if comfyui.layout == "portable":
         script = re.split(r"[\\/][^\\/]*$", comfyui.path)[0] + r"\update\update_comfyui.bat"
-        return f'"{script}"' if " " in script else script
+        return shell(script, windows=True)
     if comfyui.layout == "base-directory":
         return "update ComfyUI in its app (Help, Check for updates), then start it again"
-    python = f'"{comfyui.python}"' if comfyui.python else "python"
-    return f'git -C "{comfyui.path}" pull && {python} -s -m pip install -r "{comfyui.path}/requirements.txt"'
+    words = comfyui.python or "python", "-s", "-m", "pip", "install", "-r", f"{comfyui.path}/requirements.txt"
+    return f"{shell('git', '-C', comfyui.path, 'pull')} && {shell(*words)}"
+
+
+def _doctor(comfyui: ComfyUI) -> str:
+    return shell("kleinctl", "doctor", "--fix", "--comfyui", comfyui.path)
 
 
 def version_of(comfyui: ComfyUI) -> str:
@@ -81,14 +85,14 @@ def gguf_problem(comfyui: ComfyUI, name: str) -> Problem | None:
     if pack is None:
         own = next(each for each in catalogue()["pack"] if each["id"] == "comfyui-gguf")
         state, found = "is not installed", "no ComfyUI-GGUF"
-        fix, remedy = f'git clone {own["address"]} "{there}"', remedies.install_node(comfyui, own)
+        fix, remedy = shell("git", "clone", own["address"], there), remedies.install_node(comfyui, own)
     elif pack.disabled:
         state, found = "is switched off", pack.name
         fix, remedy = f"switch on {pack.name} in ComfyUI's Manager", remedies.switch_node(comfyui, pack)
         fix = remedies.renaming(remedy) or fix
     elif pack.current is False:
         state, found = "is from before Qwen3, klein's text encoder", f"{pack.name} {pack.version or ''}".strip()
-        fix, remedy = f'git -C "{there}" pull', remedies.update_node(comfyui, pack)
+        fix, remedy = shell("git", "-C", there, "pull"), remedies.update_node(comfyui, pack)
     else:
         return None
     return Problem(
@@ -187,7 +191,8 @@ def fp8_scales_unread(comfyui: ComfyUI, comfyui_files: Sequence[FoundFile]) -> I
         scales = getattr(found.identity.facts, "scales", None)
         if scales == "unmarked" and found.identity.family in READ:
             why = "Its scales have no mark that ComfyUI looks for: it leaves them out and paints noise without a word."
-            fix = f'kleinctl install --model klein-4b --comfyui "{comfyui.path}"   # the official file has the marks'
+            line = shell("kleinctl", "install", "--model", "klein-4b", "--comfyui", comfyui.path)
+            fix = f"{line}   # the official file has the marks"
             remedy = _official(found)
         elif scales in ("metadata", "comfy_quant") and older(version_of(comfyui), MARKED_SCALES):
             why = f"Its scales are marked in a way that ComfyUI reads since {MARKED_SCALES}; this is {comfyui.version}."
@@ -224,7 +229,7 @@ def part_missing(comfyui: ComfyUI, comfyui_files: Sequence[FoundFile]) -> Iterat
             yield Problem(
                 f"{own[family].path.name} has no {ROLES[role]} beside it",
                 f"Wanted is {title(wanted)} in {HOMES[role]}; there is {near or 'none'}.",
-                f'kleinctl doctor --fix --comfyui "{comfyui.path}"',
+                _doctor(comfyui),
                 path=path,
                 ref="C24",
                 evidence=(Evidence(HOMES[role], near or f"no {ROLES[role]}", title(wanted)),),
@@ -266,7 +271,8 @@ def preview_crash(comfyui: ComfyUI) -> Problem | None:
     return Problem(
         f"{pack.name} is too old for previews of FLUX.2",
         "Its animated previews expect latents of 32 channels and get 128; with them switched on the run stops.",
-        f'git -C "{comfyui.path}/custom_nodes/{pack.name}" pull   # or start ComfyUI with --preview-method none',
+        f"{shell('git', '-C', f'{comfyui.path}/custom_nodes/{pack.name}', 'pull')}   "
+        "# or start ComfyUI with --preview-method none",
         severity="warning",
         ref="D08",
         evidence=(Evidence(f"{pack.name}/videohelpersuite/latent_preview.py", "no latent_rgb_factors_reshape", "it"),),
@@ -472,7 +478,7 @@ def other_base_directory(comfyui: ComfyUI, system: System) -> Problem | None:
             return Problem(
                 f"the ComfyUI that runs at port {server.port} does not read {comfyui.path}",
                 f"It was started with --base-directory {base}.",
-                f'kleinctl doctor --comfyui "{base}"',
+                shell("kleinctl", "doctor", "--comfyui", base),
                 severity="warning",
                 ref="E09",
                 evidence=(Evidence(f"port {server.port}", f"--base-directory {base}", comfyui.path),),
@@ -582,7 +588,7 @@ def _misplaced(comfyui: ComfyUI, found: FoundFile, what: str, why: str, ref: str
     return Problem(
         what,
         why,
-        f'kleinctl doctor --fix --comfyui "{comfyui.path}"   # moves it to {HOMES[found.identity.role]}',
+        f"{_doctor(comfyui)}   # moves it to {HOMES[found.identity.role]}",
         path=str(found.path),
         ref=ref,
         evidence=(Evidence(found.path.name, found.identity.saw, f"in {HOMES[found.identity.role]}"),),
@@ -592,7 +598,7 @@ def _misplaced(comfyui: ComfyUI, found: FoundFile, what: str, why: str, ref: str
 
 def _yaml_problem(comfyui: ComfyUI, what: str, why: str, found: str, **more: str) -> Problem:
     remedy = Remedy("write-text", {"path": comfyui.yaml_file, "text": "\n".join((*comfyui.yaml_patch, ""))}, "ask")
-    fix = f'kleinctl doctor --fix --comfyui "{comfyui.path}"' if comfyui.yaml_patch else f"edit {comfyui.yaml_file}"
+    fix = _doctor(comfyui) if comfyui.yaml_patch else f"edit {comfyui.yaml_file}"
     return Problem(
         what,
         why,

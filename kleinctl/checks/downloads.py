@@ -14,7 +14,7 @@ from kleinctl.facts.system import System
 from kleinctl.facts.weights import ROLES, FoundFile
 from kleinctl.hardware import Hardware
 from kleinctl.manifest import HUB, Model, Part
-from kleinctl.problem import Evidence, Problem, Remedy
+from kleinctl.problem import Evidence, Problem, Remedy, shell
 from kleinctl.units import bytes_text
 
 #: What is wanted free beyond the files themselves, as a share of them.
@@ -154,7 +154,7 @@ def cache_on_other_disk(hub_cache: HubCache, hardware: Hardware, system: System)
     effect = "are copied, and take room twice" if windows else "are only linked to, and gone where that disk is away"
     beside = re.sub(r"[^\\/]+[\\/]*$", "", system.home)
     other = beside + (r"huggingface\hub" if windows else "huggingface/hub") if beside else "FOLDER"
-    line = f'setx HF_HUB_CACHE "{other}"' if windows else f"export HF_HUB_CACHE={other}"
+    line = f'setx HF_HUB_CACHE "{other}"' if windows else shell("export", f"HF_HUB_CACHE={other}")
     return Problem(
         "Hugging Face's cache is on another disk than kleinctl's models",
         f"One disk is wanted, so that a file can be in both at no cost; the cache is {hub_cache.path}, and files taken "
@@ -192,8 +192,9 @@ def _remove(found: FoundFile) -> str:
         name = repo[1].replace("--", "/", 1) if repo else ""
         return f"hf cache rm model/{name}   # where no other program of yours reads it there"
     if "\\" in str(found.path):
-        return f'del "{found.path}" && mklink /H "{found.path}" "{found.copy_of}"   # where both are on one disk'
-    return f'ln -f "{found.copy_of}" "{found.path}"   # one file under both names, where both are on one disk'
+        made = shell("mklink", "/H", found.path, found.copy_of, windows=True)
+        return f"{shell('del', found.path, windows=True)} && {made}   # where both are on one disk"
+    return f"{shell('ln', '-f', found.copy_of, found.path)}   # one file under both names, where both are on one disk"
 
 
 @check("cache-incomplete")
@@ -217,7 +218,7 @@ def cache_incomplete(hub_cache: HubCache) -> Iterator[Problem]:
 
 def _again(repo: CachedRepo) -> str:
     """What fetches it: a file that is there is kept by the hub's tools, whatever it holds, unless they are forced."""
-    whole, names = f"hf download {repo.repo}", " ".join(f'"{name}"' for name in repo.text_files)
+    whole, names = f"hf download {repo.repo}", shell(*repo.text_files)
     again = f"{whole} {names} --force-download"
     rest = repo.missing or repo.broken_links or repo.unfinished
     return f"{again} && {whole}" if names and rest else again if names else whole
@@ -277,7 +278,7 @@ def xet_stalls(environment: Environment, system: System) -> Problem | None:
         f"hf-xet {found} of {environment.name} can hang while it downloads",
         f"{XET} or newer is wanted; {found} is known to stop at 0 % or 99 % without an error. kleinctl's own downloads "
         "do not use it.",
-        f'"{environment.python}" -s -m pip install "hf-xet>={XET}"   # or set HF_HUB_DISABLE_XET=1',
+        f"{shell(environment.python, '-s', '-m', 'pip', 'install', f'hf-xet>={XET}')}   # or set HF_HUB_DISABLE_XET=1",
         severity="warning",
         path=str(environment.python),
         ref="B10",

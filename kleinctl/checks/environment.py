@@ -12,7 +12,7 @@ from kleinctl.environment import Environment, data, numbers, torch_build, unfit_
 from kleinctl.facts.probe import PROBE_SECONDS, Probe
 from kleinctl.facts.system import System
 from kleinctl.hardware import Hardware, Python
-from kleinctl.problem import Evidence, KleinctlError, Problem, Remedy, Severity
+from kleinctl.problem import Evidence, KleinctlError, Problem, Remedy, Severity, shell
 
 #: Entries of the failure catalogue: what torch lacks for a card, and packages that do not go together.
 TORCH_REFS = {
@@ -74,10 +74,9 @@ def pip_line(environment: Environment, packages: str, index: str = "") -> tuple[
         return "kleinctl install   # makes an environment of its own", None
     if not packages:
         return "kleinctl doctor   # says what is in the way of another torch", None
-    quoted = " ".join(f'"{each}"' if re.search(r"[<>]", each) else each for each in packages.split())
-    index_option = f" --index-url {index}" if index else ""
+    words = (environment.python, "-s", "-m", "pip", "install", *packages.split())
+    line = shell(*words, *(("--index-url", index) if index else ()))
     arguments = {"python": str(environment.python), "packages": packages, "index": index}
-    line = f'"{environment.python}" -s -m pip install {quoted}{index_option}'
     return line, Remedy("install-packages", arguments, "ask")
 
 
@@ -222,7 +221,7 @@ def _without(problem: Problem, environment: Environment, owners: Sequence[str]) 
     unwanted = " ".join(owner for owner in owners if owner in OPTIONAL)
     if environment.managed or not unwanted:
         return replace(problem, severity="warning")
-    line = f'"{environment.python}" -s -m pip uninstall {unwanted}   # klein does not need it'
+    line = f"{shell(environment.python)} -s -m pip uninstall {unwanted}   # klein does not need it"
     remedy = Remedy("uninstall-packages", {"python": str(environment.python), "packages": unwanted}, "ask")
     return replace(problem, severity="warning", fix=line, remedy=remedy)
 
@@ -366,7 +365,8 @@ def packages_elsewhere(environment: Environment, hardware: Hardware) -> Problem 
     if not _others(environment):
         raise CouldNotCheck("No ComfyUI's Python is known; kleinctl runs its workers with -I, past both ways.")
     if environment.packages and "torch" not in environment.packages:
-        fix = f'"{environment.python}" -s -m pip install -r requirements.txt   # in ComfyUI\'s folder'
+        line = shell(environment.python, "-s", "-m", "pip", "install", "-r", "requirements.txt")
+        fix = f"{line}   # in ComfyUI's folder"
         return _elsewhere(
             environment,
             f"{_whose(environment)} has no torch",
@@ -377,13 +377,14 @@ def packages_elsewhere(environment: Environment, hardware: Hardware) -> Problem 
     if not environment.leaks:
         return None
     mixed = "; ".join(f"{', '.join(names)} from {source}" for source, names in environment.leaks.items())
+    unset = "PYTHONPATH" in environment.leaks
     return _elsewhere(
         environment,
         f"{_whose(environment)} takes packages from elsewhere",
         f"Mixed in are {mixed}; they may be of other versions than its own.",
-        without("PYTHONPATH", hardware) if "PYTHONPATH" in environment.leaks else f'"{environment.python}" -s main.py',
+        without("PYTHONPATH", hardware) if unset else shell(environment.python, "-s", "main.py"),
         "warning",
-        variable("PYTHONPATH") if "PYTHONPATH" in environment.leaks else None,
+        variable("PYTHONPATH") if unset else None,
     )
 
 

@@ -10,7 +10,7 @@ from kleinctl.checks import check
 from kleinctl.facts.weights import FoundFile
 from kleinctl.identify import TextEncoder, Transformer, Vae, title
 from kleinctl.manifest import Model
-from kleinctl.problem import Evidence, Problem, Remedy
+from kleinctl.problem import Evidence, Problem, Remedy, shell
 from kleinctl.units import bytes_text
 
 #: What can be there instead of a whole weights file: the problem's name, its words, and the catalogue's entry.
@@ -113,14 +113,15 @@ def _stands_for(found: FoundFile) -> Iterator[str]:
 
 def _fix(found: FoundFile) -> str:
     if found.identity.kind == "unreadable" and found.place != "hub-cache":
-        return f'ls -l "{found.path}"   # then let this user read it, or mend the link'
+        return f"{shell('ls', '-l', found.path)}   # then let this user read it, or mend the link"
     if found.identity.kind == "lfs-pointer" and not found.fix:
-        return f'git -C "{found.path.parent}" lfs pull   # or fetch it from the hub again'
+        return f"{shell('git', '-C', found.path.parent, 'lfs', 'pull')}   # or fetch it from the hub again"
     repo = REPOS.get(found.identity.family)
     if found.place == "diffusers-folder" and repo and found.folder in DIFFUSERS_FOLDERS:
         folder = found.path.parent
         repo = repo.replace("klein-", "klein-base-") if "base" in folder.parent.name.lower() else repo
-        return f'hf download {repo} {folder.name}/{found.path.name} --local-dir "{folder.parent}" --force-download'
+        name, place = f"{folder.name}/{found.path.name}", folder.parent
+        return shell("hf", "download", repo, name, "--local-dir", place, "--force-download")
     return found.fix or "fetch it again from where it came (the hub's /resolve/ address), then: kleinctl doctor"
 
 
@@ -258,7 +259,7 @@ def wrong_variant(found_file: FoundFile) -> Problem | None:
         f"{found.path.name} is the {found.variant} variant, not the {wanted} one",
         f"Wanted by {named} are {wanted} weights; this is {found.content}, known by {by}. "
         f"Run {advice}, as {wanted} weights are, it draws badly.",
-        found.fix if found.part else f'rename "{found.path}" to what it is, and use it so',
+        found.fix if found.part else f"rename {shell(found.path)} to what it is, and use it so",
         path=str(found.path),
         severity="error" if found.content_by in ("sha256", "fingerprint") else "warning",
         ref="C18",
@@ -309,7 +310,7 @@ def _for_comfyui(found: FoundFile) -> Problem:
     identity = found.identity
     how = f"{'GGUF, ' if identity.kind == 'gguf' else ''}{identity.dtype}"
     for_comfyui = _scales(found) != "unmarked"
-    move = f'move "{found.path.name}" to ComfyUI/models/{_kind(found)}'
+    move = f"move {shell(found.path.name)} to ComfyUI/models/{_kind(found)}"
     return Problem(
         f"{called(found.path)} is quantised ({how}) and lies where diffusers looks",
         f"Wanted is bf16; this file shows {identity.saw.rstrip('.')}. diffusers does not read such weights: noise, or "
@@ -366,7 +367,7 @@ def diffusers_file_in_comfyui(found_file: FoundFile) -> Problem | None:
         f"{called(found.path)} has diffusers' layout and lies in a ComfyUI",
         f"Wanted are Black Forest Labs' names of tensors; this file shows {identity.saw.rstrip('.')}. Its tensors have "
         "diffusers' names, and ComfyUI's loader stops with KeyError: 'x_embedder.bias'.",
-        found.fix or f'kleinctl identify "{found.path}"   # and load a file whose layout is single-file',
+        found.fix or f"{shell('kleinctl', 'identify', found.path)}   # and load a file whose layout is single-file",
         path=str(found.path),
         severity="error" if found.part else "warning",
         ref="B16",

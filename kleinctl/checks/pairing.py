@@ -12,7 +12,7 @@ from kleinctl.checks.files import BELONGS, REFS, called
 from kleinctl.facts.comfyui import ComfyUI
 from kleinctl.facts.weights import DiffusersFolder, FoundFile
 from kleinctl.identify import Lora, TextEncoder, Transformer, Vae, encoder_title, title
-from kleinctl.problem import Evidence, Problem, Remedy
+from kleinctl.problem import Evidence, Problem, Remedy, shell
 
 # klein reads its prompt from three layers of the text encoder, laid side by side.
 LAYERS_READ = 3
@@ -144,7 +144,7 @@ def _lora_problem(paths: Sequence[Path], family: str, present: str, where: str, 
         what=f"{names} {'is a LoRA' if one else 'are LoRAs'} for {title(family)}",
         why=f"Wanted are LoRAs for {present}, the transformer of {where}; found {'is one' if one else 'are some'} for "
         f"{title(family)}. {effect}",
-        fix=f'kleinctl identify "{paths[0]}"   # and load only LoRAs that say {present}',
+        fix=f"{shell('kleinctl', 'identify', paths[0])}   # and load only LoRAs that say {present}",
         name="lora-flux1" if family == "flux1" else "lora-mismatch",
         severity="error" if severity == "error" else "warning",
         path=str(paths[0]),

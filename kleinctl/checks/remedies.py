@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kleinctl.facts.comfyui import ComfyUI, CustomNode, argument
-from kleinctl.problem import Remedy
+from kleinctl.problem import Remedy, shell
 
 
 def update(comfyui: ComfyUI) -> Remedy | None:
@@ -39,7 +39,7 @@ def switch_node(comfyui: ComfyUI, pack: CustomNode) -> Remedy | None:
 
 def renaming(remedy: Remedy | None) -> str:
     """How to switch a pack by hand."""
-    return 'rename "{path}" to "{to}"'.format(**remedy.arguments) if remedy else ""
+    return f"rename {shell(remedy.arguments['path'])} to {shell(remedy.arguments['to'])}" if remedy else ""
 
 
 def start_with(comfyui: ComfyUI, remove: str = "", add: str = "") -> Remedy | None:

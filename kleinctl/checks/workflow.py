@@ -13,7 +13,7 @@ from kleinctl.facts.comfyui import ComfyUI, catalogue
 from kleinctl.facts.weights import FoundFile
 from kleinctl.facts.workflow import Node, Workflow
 from kleinctl.identify import Lora, TextEncoder, Transformer, Vae
-from kleinctl.problem import Evidence, Problem, Remedy, Severity
+from kleinctl.problem import Evidence, Problem, Remedy, Severity, shell
 
 SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced")
 #: Latents that FLUX.2 is not made for: the number of their channels.
@@ -203,7 +203,7 @@ def _lack(node: Node, comfyui: ComfyUI) -> tuple[str, str, Remedy | None] | None
     if there or not (title_ or node.type in comfyui.sought or not comfyui.custom_nodes):
         return None
     fix = (
-        f'git clone {address} "{comfyui.path}/custom_nodes/{title_}"'
+        shell("git", "clone", address, f"{comfyui.path}/custom_nodes/{title_}")
         if address
         else "install it with ComfyUI's Manager"
     )
@@ -348,7 +348,7 @@ def _repointed(
     if name is None:
         model = PARTS.get(transformer.family, ("klein-4b",))[0]
         place = f"# then choose its {ROLES[load.role]} in node {load.node.id}"
-        fix = f'kleinctl install --model {model} --comfyui "{comfyui.path}"   {place}'
+        fix = f"{shell('kleinctl', 'install', '--model', model, '--comfyui', comfyui.path)}   {place}"
         return replace(problem, fix=fix, remedy=None)
     remedy = _edit(workflow, load.node, load.input, name, "auto")
     return replace(problem, fix=_fix(workflow) if remedy else f"choose {name} in node {load.node.id}", remedy=remedy)
@@ -721,7 +721,7 @@ def _edit(workflow: Workflow, node: Node, name: str, value: str, consent: str) -
 
 
 def _fix(workflow: Workflow) -> str:
-    return f'kleinctl doctor --fix --workflow "{workflow.path}"'
+    return shell("kleinctl", "doctor", "--fix", "--workflow", workflow.path)
 
 
 def _plain(name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import click
 
-from kleinctl.problem import BUG, INTERRUPTED, MISUSED, PROBLEMS, KleinctlError
+from kleinctl.problem import BUG, INTERRUPTED, MISUSED, PROBLEMS, KleinctlError, Problem, did_you_mean
 
 #: Every command, with the line that `--help` and README's table show; the test suite holds them to the commands' own.
 COMMANDS = {
@@ -47,14 +47,36 @@ class Commands(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            from kleinctl.problem import did_you_mean
-
             raise click.UsageError(f"There is no command {args[0]!r}.{did_you_mean(args[0], COMMANDS)}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+
+def _settings() -> dict[str, Any]:
+    """The tables of config.toml.
+
+    Raises:
+        KleinctlError: it is broken, or a table in it is named after nothing.
+    """
+    from kleinctl.config import NO_COMMANDS, load_config
+    from kleinctl.home import config_file
+
+    settings, known = load_config(config_file()), (*COMMANDS, *NO_COMMANDS)
+    for name in settings:
+        if name not in known:
+            what = f"{config_file()} has a table that belongs to no command"
+            why = f"[{name}] is there; options stand below their command's name, as in [run]."
+            raise _broken(what, f"{why}{did_you_mean(name, known)}")
+    return settings
+
+
+def _broken(what: str, why: str) -> KleinctlError:
+    from kleinctl.home import config_file
+
+    return KleinctlError(Problem(what, why, f"correct {config_file()}", name="config-broken"))
 
 
 def _defaults(command: click.Command, table: dict[str, Any]) -> dict[str, Any]:
@@ -64,7 +86,6 @@ def _defaults(command: click.Command, table: dict[str, Any]) -> dict[str, Any]:
         KleinctlError: the command has no such option.
     """
     from kleinctl.home import config_file
-    from kleinctl.problem import Problem, did_you_mean
 
     options = [each for each in command.params if isinstance(each, click.Option)]
     known = {name.lstrip("-").replace("-", "_"): each.name for each in options for name in (*each.opts, each.name)}
@@ -72,7 +93,7 @@ def _defaults(command: click.Command, table: dict[str, Any]) -> dict[str, Any]:
         if key.replace("-", "_") not in known:
             what = f"{config_file()} has a setting that `kleinctl {command.name}` does not know"
             why = f"[{command.name}] has {key!r}; options stand there.{did_you_mean(key, known)}"
-            raise KleinctlError(Problem(what, why, f"correct {config_file()}", name="config-broken"))
+            raise _broken(what, why)
     return {known[key.replace("-", "_")]: value for key, value in table.items()}
 
 
@@ -102,9 +123,7 @@ def group(ctx: click.Context, disable: tuple[str, ...], debug: bool) -> None:
         from kleinctl.home import config_file
 
         if config_file().exists():
-            from kleinctl.config import load_config
-
-            settings = load_config(config_file())
+            settings = _settings()
             name, typed = ctx.invoked_subcommand, ctx.command
             command = typed.get_command(ctx, name) if isinstance(typed, Commands) else None
             if command and name in settings:

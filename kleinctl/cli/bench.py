@@ -6,7 +6,7 @@ import contextlib
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
@@ -96,7 +96,7 @@ def command(
     if calibrate:
         return calibrated(way, hardware, as_json=as_json)
     generate.check_jobs([_first_job(asked)])
-    check_files(out, chart)
+    check_files({"-o": out, "--chart": chart})
     environment = asked.environment(way, hardware)
     lines: list[Line] = []
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -136,9 +136,9 @@ def _asked(
             plugins.backend(against).thing.check_server(url)
         except KleinctlError as error:
             raise Misuse(error.problem) from None
-    wanted = [nearest_size(size)[:2] for size in sizes]
+    wanted = [nearest_size(size, "--sizes")[:2] for size in sizes]
     own = way.model.defaults
-    amounts = [parse_bytes(f"{text} GiB" if text.strip()[-1:].isdecimal() else text) for text in free]
+    amounts = [parse_bytes(f"{text} GiB" if text.strip()[-1:].isdecimal() else text, "--free") for text in free]
     return bench.Asked(
         plugins=plugins,
         model=way.model,
@@ -222,7 +222,7 @@ def row(line: Line) -> str:
 
 def calibrated(way: Way, hardware: Hardware, *, as_json: bool) -> int:
     """Measure, keep and show this machine's rates."""
-    from kleinctl import bench
+    from kleinctl import bench, store
     from kleinctl.cli.progress import Bars
     from kleinctl.hardware import rates
     from kleinctl.home import home
@@ -230,10 +230,8 @@ def calibrated(way: Way, hardware: Hardware, *, as_json: bool) -> int:
     environment = _environment(way, hardware)
     with Bars() as bars:
         found = bench.calibrate(way, environment, hardware, lambda *said: bars.show("rates", *said))
-    try:
+    with store.writing(home() / rates.FILE):
         path = rates.write(home(), found)
-    except OSError as error:
-        raise KleinctlError(_unwritable(home() / rates.FILE, error)) from None
     if as_json:
         output.print_json(rates.document(found))
     else:
@@ -244,23 +242,21 @@ def calibrated(way: Way, hardware: Hardware, *, as_json: bool) -> int:
 
 def rate_rows(rates: Rates) -> list[tuple[str, str]]:
     """Measured rates for people: a head and what was found, for each that was."""
+    from kleinctl.units import speed_text, work_text
 
     def speed(rate: float | None) -> str:
-        return f"{rate / 1e9:.1f} GB/s" if rate else ""
-
-    def work(flops: float) -> str:
-        return f"{flops / 1e12:.0f} TFLOP/s" if flops > 1e13 else f"{flops / 1e9:.1f} GFLOP/s"
+        return speed_text(rate) if rate else ""
 
     unknown = "not measured; the worker's log says why"
-    tokens = ", ".join(f"{work(each.flops)} at {each.size} tokens" for each in rates.forward)
-    pixels = ", ".join(f"{work(each.flops)} at {each.size / 2**20:.2f} megapixels" for each in rates.decode)
+    tokens = ", ".join(f"{work_text(each.flops)} at {each.size} tokens" for each in rates.forward)
+    pixels = ", ".join(f"{work_text(each.flops)} at {each.size / 2**20:.2f} megapixels" for each in rates.decode)
     rows = [
         ("measured on", f"{rates.card or rates.cpu}, in the shape of {rates.model}"),
         ("to the card", f"{speed(rates.pinned)} pinned, {speed(rates.pageable)} pageable" if rates.pinned else ""),
         ("from the card", speed(rates.back)),
         ("from disk", speed(rates.disk) or rates.disk_note),
         ("from page cache", speed(rates.cached)),
-        ("text encoder", work(rates.encode) if rates.encode else unknown),
+        ("text encoder", work_text(rates.encode) if rates.encode else unknown),
         ("transformer", tokens or unknown),
         ("VAE", pixels or unknown),
         ("writing a PNG", f"{rates.save_seconds * 2**20:.2f} s a megapixel" if rates.save_seconds else unknown),
@@ -269,13 +265,13 @@ def rate_rows(rates: Rates) -> list[tuple[str, str]]:
     return [(head, text) for head, text in rows if text]
 
 
-def check_files(*paths: Path | None) -> None:
-    """Make the folders of the files that are to be written, and try whether that can be done before anything is drawn.
+def check_files(files: Mapping[str, Path | None]) -> None:
+    """Make the folders of the files that options name, and try whether they can be written before anything is drawn.
 
     Raises:
         Misuse: it cannot.
     """
-    for path in paths:
+    for option, path in files.items():
         if path is not None:
             probe = path.with_name(f".{path.name}.partial")
             try:
@@ -283,7 +279,7 @@ def check_files(*paths: Path | None) -> None:
                 probe.write_bytes(b"")
                 probe.unlink()
             except OSError as error:
-                raise Misuse(_unwritable(path, error)) from None
+                raise Misuse(_unwritable(path, error, option)) from None
 
 
 def written(path: Path, document: dict[str, Any]) -> None:
@@ -299,8 +295,8 @@ def written(path: Path, document: dict[str, Any]) -> None:
         raise Misuse(_unwritable(path, error)) from None
 
 
-def _unwritable(path: Path, error: OSError) -> Problem:
-    why, fix = f"{error.strerror}.", "kleinctl bench -o bench.json"
+def _unwritable(path: Path, error: OSError, option: str = "-o") -> Problem:
+    why, fix = f"{error.strerror}.", f"kleinctl bench {option} bench.{'png' if option == '--chart' else 'json'}"
     return Problem(f"{path} cannot be written to", why, fix, name="output-unwritable", path=str(path))
 
 

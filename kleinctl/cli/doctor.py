@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kleinctl.cli import options, output
-from kleinctl.problem import OK, PROBLEMS, KleinctlError, Misuse, Problem
+from kleinctl.problem import OK, PROBLEMS, KleinctlError, Misuse, Problem, shell
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kleinctl.facts import Facts
     from kleinctl.hardware import Hardware
     from kleinctl.logs import Match
+    from kleinctl.planner import Candidate
     from kleinctl.plugins import Plugins
     from kleinctl.report.bundle import Report
     from kleinctl.survey import Survey
@@ -211,8 +212,6 @@ def show(found: Survey, *, verbose: bool = False) -> None:
 
 def _point_at_fixes(problems: Sequence[Problem], again: Sequence[str], *, remote: bool) -> None:
     """One line about what --fix could do; `again` are the options that showed it what is wrong."""
-    from kleinctl.fixes.request import shell
-
     count = sum(problem.auto for problem in problems)
     if count and not remote:
         line = shell("kleinctl", "doctor", *again, "--fix", "--dry-run")
@@ -264,8 +263,13 @@ def show_choice(found: Survey) -> None:
         for line in _limits(found):
             target.print(line, soft_wrap=True)
     others = [each for each in found.candidates if each != chosen]
-    named = [("not" if each.why_not else "or", each, each.why_not or "It runs too.") for each in others]
-    output.show_rows([(head, f"{each.model} with {each.backend}: {why}") for head, each, why in named], width=10)
+    output.show_rows([_other(each) for each in others], width=10)
+
+
+def _other(each: Candidate) -> tuple[str, str]:
+    """What was not chosen: a head, and why; what could not be checked may yet run."""
+    head = "perhaps" if each.unchecked else "not" if each.why_not else "or"
+    return head, f"{each.model} with {each.backend}: {each.why_not or 'It runs too.'}"
 
 
 def _limits(found: Survey) -> list[Text]:

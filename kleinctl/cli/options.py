@@ -70,11 +70,11 @@ def looked_at(folder: Path | None) -> None:
         output.remark(f"warning: {folder} is no ComfyUI: its main.py is not there; it counts as --folder")
 
 
-def parsed_size(text: str | None) -> tuple[int | None, int | None]:
-    """`--size` as width and height, or nothing."""
+def parsed_size(text: str | None, option: str = "--size") -> tuple[int | None, int | None]:
+    """`option` as width and height, or nothing."""
     from kleinctl.units import parse_size
 
-    return parse_size(text) if text else (None, None)
+    return parse_size(text, option) if text else (None, None)
 
 
 def this_machine() -> Hardware:
@@ -96,11 +96,11 @@ def limited(hardware: Hardware, vram_limit: str | None, ram_limit: str | None = 
     from kleinctl.units import parse_bytes
 
     if vram_limit is not None:
-        most = parse_bytes(vram_limit)
+        most = parse_bytes(vram_limit, "--vram-limit")
         cards = (replace(gpu, vram_free_bytes=min(gpu.vram_free_bytes, most)) for gpu in hardware.gpus)
         hardware = replace(hardware, gpus=tuple(cards))
     if ram_limit is not None:
-        available = min(hardware.ram_available_bytes, parse_bytes(ram_limit))
+        available = min(hardware.ram_available_bytes, parse_bytes(ram_limit, "--ram-limit"))
         hardware = replace(hardware, ram_available_bytes=available)
     return hardware
 
@@ -131,7 +131,8 @@ def way(
         models = [with_variant(plugins, each, variant) for each in models[:1]]
     found = road.ways(plugins, models, backend, hardware, changes or {}, must_fit=must_fit)
     if not found:
-        raise road.no_way(plugins, models[0], backend, hardware, changes or {})
+        closest = road.nearest(plugins, models, backend, hardware, changes or {})
+        raise road.no_way(plugins, closest, backend, hardware, changes or {})
     return next((each for each in found if installed and road.files(each).in_place), found[0])
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kleinctl.backends import Stage
     from kleinctl.hardware import Hardware
     from kleinctl.planner import Candidate
+    from kleinctl.plugins import Plugins
 
 NOTHING = "Nothing would run."
 #: Sides of the square pictures that the table shows, in pixels.
@@ -68,7 +69,7 @@ def command(
         )
     else:
         none = "Nothing that could be checked would run." if any(row.of.unchecked for row in rows) else NOTHING
-        show(hardware, rows, f"{choice.candidate.model}: {choice.why}" if choice else none)
+        show(plugins, hardware, rows, f"{choice.candidate.model}: {choice.why}" if choice else none)
         drawn = [each for each in compared if verbose or (choice and each == choice.candidate)]
         for each in drawn:
             show_stages(each, hardware, sizes[0] if size else None)
@@ -107,7 +108,7 @@ def elsewhere(gpu: str | None, ram: str | None) -> Hardware:
     from kleinctl.hardware import imagine
     from kleinctl.units import parse_bytes
 
-    amount = None if ram is None else parse_bytes(f"{ram} GiB" if ram.strip()[-1:].isdecimal() else ram)
+    amount = None if ram is None else parse_bytes(f"{ram} GiB" if ram.strip()[-1:].isdecimal() else ram, "--ram")
     none = gpu is not None and gpu.lower() == "none"
     described = gpu is not None and ram is not None
     hardware = imagine(None if none else gpu, amount, None if described else options.this_machine())
@@ -115,16 +116,22 @@ def elsewhere(gpu: str | None, ram: str | None) -> Hardware:
     return hardware
 
 
-def show(hardware: Hardware, rows: list[Row], why: str) -> None:
-    """A table for each model: what each backend would take at each size."""
-    from kleinctl.units import bytes_text, gib
+def show(plugins: Plugins, hardware: Hardware, rows: list[Row], why: str) -> None:
+    """A table for each model: what each backend would take at each size. A model that wants a card has none without."""
+    from kleinctl.cli.models import size_text
+    from kleinctl.units import gib
 
     card = hardware.gpu
     has = f"{card.name}, {gib(card.vram_free_bytes)} of VRAM free" if card else "no NVIDIA card"
     say(f"{has}, {gib(hardware.ram_available_bytes)} of RAM available")
     for model in dict.fromkeys(row.of.model for row in rows):
         own = [row for row in rows if row.of.model == model]
-        say(f"\n{model}, {bytes_text(own[0].of.fit.disk_bytes)} on disk; VRAM and RAM in GiB")
+        layout = plugins.backends[own[0].of.backend].thing.layout
+        head = f"\n{model}, {size_text(plugins.models[model], layout)} on disk"
+        if card is None and not any(row.of.runs or row.of.device == "cpu" for row in own):
+            say(f"{head}: nothing runs it without an NVIDIA card")
+            continue
+        say(f"{head}; VRAM and RAM in GiB")
         _show_table(own)
         for text in reasons(own):
             say(text)
@@ -211,12 +218,13 @@ def stage_line(stage: Stage, room: int, longest: int, *, narrow: bool = False) -
 
 def _show_table(rows: list[Row]) -> None:
     """What each backend would take at each size; where that is too wide, one table for each backend."""
-    if not narrow():
-        output.console().print(_table(rows))
+    target, table = output.console(), _table(rows)
+    if target.measure(table, options=target.options.update(width=ANY_WIDTH)).maximum <= target.width:
+        target.print(table)
         return
     for backend in dict.fromkeys(row.of.backend for row in rows):
         say(f"\n{backend}")
-        output.console().print(_narrow_table([row for row in rows if row.of.backend == backend]))
+        target.print(_narrow_table([row for row in rows if row.of.backend == backend]))
 
 
 def _narrow_table(rows: list[Row]) -> Table:
@@ -224,7 +232,7 @@ def _narrow_table(rows: list[Row]) -> Table:
 
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for title in ("size", *TITLES):
-        table.add_column(title, justify="right", no_wrap=True)
+        table.add_column(title, justify="right", overflow="fold")
     table.add_column("fits", no_wrap=True)
     for row in rows:
         times = (f"{each:.{1 if each < 10 else 0}f} s" for each in _seconds(row))
@@ -249,6 +257,8 @@ def _table(rows: list[Row]) -> Table:
     return table
 
 
+#: Columns that no table has: what is measured on them is as wide as it would like to be.
+ANY_WIDTH = 1000
 #: Columns of figures.
 TITLES = ("VRAM", "RAM", "first", "next")
 

@@ -17,7 +17,7 @@ from kleinctl.problem import OK, PROBLEMS, KleinctlError, Misuse, Problem
 if TYPE_CHECKING:
     from kleinctl.backends import Job
     from kleinctl.batch import Batch, Fault, Line, Task
-    from kleinctl.generate import Result
+    from kleinctl.generate import Output, Result
     from kleinctl.hardware import Hardware
     from kleinctl.manifest import Model
     from kleinctl.plugins import Plugins
@@ -241,11 +241,11 @@ def jobs_of(model: Model, changes: dict[str, Any], count: int) -> list[Job]:
     return [replace(first, seed=(first.seed + number) % 2**63) for number in range(count)]
 
 
-def outputs_of(wanted: Wanted, jobs: Sequence[Job]) -> tuple[Path, ...]:
+def outputs_of(wanted: Wanted, jobs: Sequence[Job]) -> tuple[Output, ...]:
     """The file of each job, with all that is wrong with inputs and outputs told before anything is made."""
     from kleinctl import generate
 
-    outputs = generate.choose_outputs(jobs, wanted.out, many=len(jobs) > 1)
+    outputs = generate.choose_outputs(jobs, wanted.out)
     generate.check_jobs(jobs)
     generate.check_outputs(outputs)
     return outputs
@@ -271,7 +271,7 @@ def run_batch(wanted: Wanted, source: str, server: Server | None, *, as_json: bo
     lines = [line for line in batch.lines if line.number not in {fault.line for fault in refused}]
     if not lines:
         raise nothing_good(batch, faults)
-    generate.check_outputs([folder / "picture.png"])
+    generate.check_outputs([generate.Output(folder / "picture.png")])
     place.get_ready()
     with batches.only_one(folder):
         tasks = tasks_of(wanted, place, lines, folder)
@@ -334,11 +334,13 @@ def tasks_of(wanted: Wanted, place: Place, lines: Iterable[Line], folder: Path) 
 
 def batch_pictures(place: Place, batch: Batch, left: Sequence[Task], folder: Path) -> Result:
     """The pictures of the tasks that are `left`. After Ctrl-C it is told how to go on."""
-    jobs, outputs = [task.job for task in left], tuple(task.output for task in left)
+    from kleinctl.generate import Output
+
+    jobs, outputs = [task.job for task in left], tuple(Output(task.path) for task in left)
     try:
         return place.pictures(jobs, outputs, None, [batch.origin(task.line) for task in left])
     except KeyboardInterrupt:
-        made = sum(path.exists() for path in outputs)
+        made = sum(task.path.exists() for task in left)
         output.remark(f"\n{made} of {len(left)} pictures are in {folder}; the same command goes on with the rest")
         raise
 
@@ -407,22 +409,19 @@ class Here:
     def pictures(
         self,
         jobs: Sequence[Job],
-        outputs: tuple[Path, ...],
+        outputs: tuple[Output, ...],
         asked: tuple[int, int] | None,
         origins: Sequence[str] = (),
     ) -> Result:
         """The pictures of `jobs`; see `steps.make_pictures`. Of a batch's jobs it is known what is odd."""
-        from kleinctl import generate, road
+        from kleinctl import road
         from kleinctl.cli import steps as show
 
-        generate.prepare_outputs(jobs, outputs)
         way, hardware = self._way, self._wanted.hardware
         executor = road.executor(self._wanted.plugins, self._wanted.executor)
         where = road.place(way, hardware)
         environment = show.get_environment(way, where, hardware)
-        return show.make_pictures(
-            way, environment, where, hardware, jobs, outputs, executor, asked, origins=tuple(origins)
-        )
+        return show.make_pictures(way, environment, where, hardware, jobs, outputs, executor, asked, origins=origins)
 
 
 class Served:
@@ -441,10 +440,7 @@ class Served:
 
     def judged(self, job: Job, asked: tuple[int, int] | None) -> list[Problem]:
         """What is odd about `job`, as `Here.judged`."""
-        from kleinctl.generate import absolute
-        from kleinctl.serve import Ask
-
-        told = self._server.told(Ask(absolute(job), asked))
+        told = self._server.judged(job, asked)
         if told.refused is not None:
             raise KleinctlError(told.refused)
         return list(told.problems)
@@ -452,14 +448,14 @@ class Served:
     def pictures(
         self,
         jobs: Sequence[Job],
-        outputs: tuple[Path, ...],
+        outputs: tuple[Output, ...],
         asked: tuple[int, int] | None,
         origins: Sequence[str] = (),
     ) -> Result:
         """The pictures of `jobs`, as `Here.pictures`."""
         from kleinctl.cli.serve import make_pictures
 
-        return make_pictures(self._server, jobs, outputs, asked, origins=tuple(origins))
+        return make_pictures(self._server, jobs, outputs, asked, origins=origins)
 
 
 Place = Here | Served
@@ -486,7 +482,7 @@ def print_batch(result: Result, tasks: Sequence[Task], faults: Sequence[Fault], 
     else:
         for task in tasks:
             if task.line not in failed:
-                output.answer(str(task.output))
+                output.answer(str(task.path))
     if faults:
         output.heading(f"{_lines(len(faults))} of the batch failed")
         output.show_problems(fault.problem for fault in faults)

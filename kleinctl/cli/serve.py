@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from kleinctl.backends import Job
-    from kleinctl.generate import Event, OnEvent, Result
+    from kleinctl.generate import Event, OnEvent, Output, Result
     from kleinctl.plugins import Plugins
     from kleinctl.serve import Server, State
     from kleinctl.server import Done, Freed, Ready
@@ -263,22 +262,23 @@ def _other(state: State, asked: Asked) -> str:
         return f"It has {model} with {backend}. {keeps}"
     if asked.precision and asked.precision not in state.precisions:
         return f"It has {model} with {backend}, which cannot hold weights in {asked.precision!r}. {keeps}"
-    if _over(state.vram_bytes, asked.vram_limit) or _over(state.ram_bytes, asked.ram_limit):
+    limits = {"--vram-limit": (state.vram_bytes, asked.vram_limit), "--ram-limit": (state.ram_bytes, asked.ram_limit)}
+    if any(_over(*each, option) for option, each in limits.items()):
         return f"It has loaded {model} for more memory than the limit. {keeps}"
     return ""
 
 
-def _over(planned: int, limit: str | None) -> bool:
-    """Whether the server planned with more than `limit`."""
+def _over(planned: int, limit: str | None, option: str) -> bool:
+    """Whether the server planned with more than the `limit` that `option` gave."""
     from kleinctl.units import parse_bytes
 
-    return limit is not None and planned > parse_bytes(limit)
+    return limit is not None and planned > parse_bytes(limit, option)
 
 
 def make_pictures(
     server: Server,
     jobs: Sequence[Job],
-    outputs: tuple[Path, ...],
+    outputs: tuple[Output, ...],
     asked: tuple[int, int] | None = None,
     *,
     origins: Sequence[str] = (),
@@ -289,18 +289,15 @@ def make_pictures(
         KleinctlError: as without the server.
     """
     from kleinctl import generate
-    from kleinctl.serve import Ask, Ended
+    from kleinctl.serve import Ended
 
-    generate.check_jobs(jobs)
-    generate.prepare_outputs(jobs, outputs)
-    has = server.state.request
-    before = server.told(Ask(generate.absolute(jobs[0]), asked))
+    before = server.judged(jobs[0], asked)
     told = () if origins else before.problems
     if told:
         output.show_problems(told)
     if before.refused is not None and not origins:
         raise KleinctlError(before.refused)
-    request = replace(has, jobs=tuple(jobs), outputs=outputs, origins=tuple(origins))
+    request = replace(server.state.request, jobs=tuple(jobs), outputs=outputs, origins=tuple(origins))
     with ExitStack() as shown:
         result = generate.run(request, _show_late(server.state, len(jobs), shown), server)
     for remark in result.remarks:

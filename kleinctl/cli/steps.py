@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,7 +17,7 @@ from kleinctl.units import bytes_text, seconds_text
 if TYPE_CHECKING:
     from kleinctl.backends import Job
     from kleinctl.environment import Environment
-    from kleinctl.generate import Event, OnEvent, Result, Step
+    from kleinctl.generate import Event, OnEvent, Output, Result, Step
     from kleinctl.hardware import Hardware
     from kleinctl.install import InstallPlan
     from kleinctl.manifest import Model
@@ -142,7 +142,7 @@ def make_pictures(
     where: Place,
     hardware: Hardware,
     jobs: Sequence[Job],
-    outputs: tuple[Path, ...],
+    outputs: tuple[Output, ...],
     executor: Any,
     asked: tuple[int, int] | None = None,
     *,
@@ -174,18 +174,25 @@ def make_pictures(
 
 
 def shown_on(bars: Bars, count: int) -> OnEvent:
-    """What shows the events of a run of `count` pictures: a bar for the stage, and one for several pictures."""
-    from kleinctl.generate import Failure, Step
+    """What shows the events of a run of `count` pictures: a bar for the stage, and one for several pictures.
 
-    pace = Pace(count)
+    Of what a backend calls otherwise, such as a queue, nobody can tell how long it takes: there it is told since when.
+    """
+    from kleinctl.generate import STAGES, Failure, Step
+
+    pace, told, since = Pace(count), "", ""
     if count > 1:
         bars.show("all", "pictures", 0, count)
     bars.show("stage", "starting the worker", 0, None)
 
     def show(event: Event) -> None:
+        nonlocal told, since
         pace.hear(event)
         if isinstance(event, Step):
-            bars.show("stage", stage_text(event), event.done, event.total)
+            text = stage_text(event)
+            if text != told:
+                told, since = text, time.strftime("%H:%M")
+            bars.show("stage", text if event.stage in STAGES else f"since {since}: {text}", event.done, event.total)
             return
         bars.show("all", "pictures", event.number, count, pace.note)
         if isinstance(event, Failure):
@@ -231,12 +238,12 @@ def show_misfit(error: KleinctlError, model: Model, hardware: Hardware, changes:
         )
 
 
-def nearest_size(text: str | None) -> tuple[int | None, int | None, tuple[int, int] | None]:
-    """`--size` as width and height that can be drawn, and as it was typed; or nothing."""
+def nearest_size(text: str | None, option: str = "--size") -> tuple[int | None, int | None, tuple[int, int] | None]:
+    """`option` as width and height that can be drawn, and as it was typed; or nothing."""
     from kleinctl.cli import options
     from kleinctl.units import asked_size
     from kleinctl.units import nearest_size as nearest
 
     if not text:
         return None, None, None
-    return *options.parsed_size(nearest(text)), asked_size(text)
+    return *options.parsed_size(nearest(text), option), asked_size(text)

@@ -134,7 +134,11 @@ def _show_many(found: Sequence[Judged], groups: Sequence[Group]) -> None:
     target.print(table)
     well = sum(not each.problems for each in found)
     errors = sum(any(problem.severity == "error" for problem in each.problems) for each in found)
-    target.print(f"\n{len(found)} reports: {errors} with errors, {well} without a problem")
+    target.print(f"\n{_reports(found)}: {errors} with errors, {well} without a problem")
+
+
+def _reports(these: Sequence[object]) -> str:
+    return f"{len(these)} report{'' if len(these) == 1 else 's'}"
 
 
 def _first(names: Iterable[str], most: int = 3) -> str:
@@ -158,15 +162,17 @@ def _show_diff(found: Sequence[Judged], different: Sequence[Difference], verbose
     shown = different if verbose else different[:SHOWN]
     for each in shown:
         table.add_row(*(Text(output.clean(cell)) for cell in (each.name, each.left, each.right)))
-    target.print(table)
+    target.print(table if shown else "both show the same machine")
     if len(shown) < len(different):
         target.print(f"and {len(different) - len(shown)} more: --verbose")
-    for one, other in ((left, right), (right, left)):
-        theirs = {problem.name for problem in other.problems}
-        names = [problem.name for problem in one.problems if problem.name not in theirs]
-        target.print(
-            Text(f"\nonly in {output.clean(one.report.label)}: {', '.join(dict.fromkeys(names)) or 'no problem'}")
-        )
+    names = [dict.fromkeys(problem.name for problem in each.problems) for each in found]
+    if set(names[0]) == set(names[1]):
+        told = f"the same problems: {', '.join(names[0])}" if names[0] else "no problem"
+        target.print(Text(output.clean(f"\nboth have {told}")))
+        return
+    for one, own, theirs in zip(found, names, reversed(names), strict=True):
+        only = ", ".join(name for name in own if name not in theirs) or "no problem"
+        target.print(Text(output.clean(f"\nonly in {one.report.label}: {only}")))
 
 
 def _show_replay(told: Sequence[Replayed]) -> None:
@@ -179,4 +185,4 @@ def _show_replay(told: Sequence[Replayed]) -> None:
             if names:
                 target.print(f"  {head:8} {output.clean(', '.join(names))}", markup=False, soft_wrap=True)
     same = sum(each.same for each in told)
-    target.print(f"{len(told)} reports: {len(told) - same} judged differently now, {same} as they were")
+    target.print(f"{_reports(told)}: {len(told) - same} judged differently now, {same} as they were")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -98,9 +99,16 @@ def command(
             output.remark(f"the ComfyUI in {used.path} is no longer used, and is as it was")
         changed = [str(path) for path in gone_comfyui.changed] if gone_comfyui else []
         for path in document["left"]:
-            why = "files of it were changed" if path in changed else "kleinctl did not put it there"
+            why = "files of it were changed" if path in changed else _why_left(path)
             output.remark(f"left, for {why}: {path}")
     return OK
+
+
+def _why_left(path: str) -> str:
+    from kleinctl.home import home
+    from kleinctl.store import inside
+
+    return "kleinctl did not put it there" if inside(Path(path).parent, home()) else "it lies behind a link of yours"
 
 
 def _told(used: Checkout | None) -> str:

@@ -15,10 +15,10 @@ from kleinctl.checks.remedies import free_line
 from kleinctl.facts import comfyui as facts
 from kleinctl.fixes import git, texts
 from kleinctl.fixes.pip import command, versions
-from kleinctl.fixes.request import UNKNOWN, Plan, Request, shell
+from kleinctl.fixes.request import UNKNOWN, Plan, Request
 from kleinctl.home import quarantine_folder
 from kleinctl.journal import Cloned, Commit, Moved, Packages, Progress, Record, log_file
-from kleinctl.problem import KleinctlError
+from kleinctl.problem import KleinctlError, shell
 
 #: ComfyUI's own repository, which was renamed.
 REPOSITORIES = ("https://github.com/Comfy-Org/ComfyUI", "https://github.com/comfyanonymous/ComfyUI")

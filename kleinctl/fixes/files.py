@@ -12,11 +12,11 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from kleinctl import store
-from kleinctl.fixes.request import DISK_RATE, LINE_RATE, Plan, Request, move_by_hand, shell
+from kleinctl.fixes.request import DISK_RATE, LINE_RATE, Plan, Request, move_by_hand
 from kleinctl.fixes.texts import WRITABLE_NAMES
 from kleinctl.home import downloads_folder, home, quarantine_folder
 from kleinctl.journal import Made, Moved, Progress, Put, Record, Seen, Shared, missing_folders
-from kleinctl.problem import KleinctlError
+from kleinctl.problem import KleinctlError, shell
 from kleinctl.units import bytes_text
 from kleinctl.verify import hash_file
 

@@ -17,11 +17,11 @@ from kleinctl import environment, environment_build, store
 from kleinctl.environment import EnvironmentPlan
 from kleinctl.environment_build import pythons_folder
 from kleinctl.fixes.pip import command, run, versions
-from kleinctl.fixes.request import DISK_RATE, LINE_RATE, UNKNOWN, Plan, Request, shell
+from kleinctl.fixes.request import DISK_RATE, LINE_RATE, UNKNOWN, Plan, Request
 from kleinctl.hardware.facts import Python
 from kleinctl.home import envs_folder
 from kleinctl.journal import Made, Packages, Progress, Record, log_file
-from kleinctl.problem import KleinctlError, Problem
+from kleinctl.problem import KleinctlError, Problem, shell
 
 if TYPE_CHECKING:
     from kleinctl.hardware import Hardware

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from kleinctl import store
 from kleinctl.home import home
 from kleinctl.journal import Progress, Record
-from kleinctl.problem import KleinctlError, Problem
+from kleinctl.problem import KleinctlError, Problem, shell
 
 if TYPE_CHECKING:
     from kleinctl.hardware import Hardware
@@ -169,12 +167,6 @@ def _models(path: Path) -> Path | None:
 def for_all(plan: Plan, problems: tuple[Problem, ...]) -> Plan:
     """The plan for several problems with one remedy."""
     return replace(plan, problems=problems)
-
-
-def shell(*words: object) -> str:
-    """A command line that can be pasted here."""
-    texts = [str(word) for word in words]
-    return subprocess.list2cmdline(texts) if os.name == "nt" else shlex.join(texts)
 
 
 def move_by_hand(source: Path, target: Path) -> tuple[str, ...]:

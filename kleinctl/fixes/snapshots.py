@@ -12,10 +12,10 @@ from kleinctl import fetch, store
 from kleinctl.facts import hub_cache
 from kleinctl.facts.hub_cache import CachedRepo
 from kleinctl.fixes.files import kept_name, replace_file
-from kleinctl.fixes.request import Plan, Request, shell
+from kleinctl.fixes.request import Plan, Request
 from kleinctl.journal import Moved, Progress, Record
 from kleinctl.manifest import Part
-from kleinctl.problem import Remedy
+from kleinctl.problem import Remedy, shell
 from kleinctl.units import bytes_text
 
 #: Seconds. A download that wrote later than this ago may still run.

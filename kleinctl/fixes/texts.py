@@ -11,17 +11,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from kleinctl.config import load_config, tomllib
-from kleinctl.fixes.request import MAX_TEXT, Plan, Request, shell
+from kleinctl.config import NO_COMMANDS, load_config, tomllib
+from kleinctl.fixes.request import MAX_TEXT, Plan, Request
 from kleinctl.home import config_file, home
 from kleinctl.journal import Progress, Put, Record, Seen, missing_folders, spare_file
+from kleinctl.problem import shell
 from kleinctl.store import inside, writing
 
 #: What a fix may write: settings, never something that is run.
 WRITABLE = (".yaml", ".yml", ".json", ".toml", ".ini", ".cfg", ".conf", ".txt")
 WRITABLE_NAMES = (".wslconfig",)
-#: Tables of `config.toml` that are no command's.
-NO_COMMANDS = ("hub",)
 #: Bytes that a file to be changed may have: those of a large workflow.
 MAX_BYTES = 20 * 2**20
 #: Lines that may change: they are shown before anybody says yes.

@@ -7,9 +7,9 @@ import shutil
 from typing import Any
 
 from kleinctl.fixes.pip import run
-from kleinctl.fixes.request import Plan, Request, shell
+from kleinctl.fixes.request import Plan, Request
 from kleinctl.journal import Progress, Record, log_file
-from kleinctl.problem import KleinctlError, Problem
+from kleinctl.problem import KleinctlError, Problem, shell
 
 #: Microsoft's names in winget's own source, and the options that let it run without questions.
 VC_RUNTIME = "Microsoft.VCRedist.2015+.x64"

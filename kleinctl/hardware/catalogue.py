@@ -111,11 +111,16 @@ def performance_of(gpu: Gpu) -> Performance:
     return replace(min((card.performance for card in large or same), key=lambda rates: rates.tflops), estimated=True)
 
 
-def imagine(gpu_name: str | None, ram_bytes: int | None, base: Hardware | None = None) -> Hardware:
+#: How a card is named on the command line.
+PLAN = 'plan --gpu "{}"'
+
+
+def imagine(gpu_name: str | None, ram_bytes: int | None, base: Hardware | None = None, command: str = PLAN) -> Hardware:
     """A machine with this card and this much RAM, in bytes; what is None stays as in `base`.
 
     Without a `base` the machine is a PC of which nothing else is known: its disk is not judged. Spelling is forgiven
-    ("4070tis"), a size may follow the name ("3060 12GB"). `remarks` of the result say what was assumed.
+    ("4070tis"), a size may follow the name ("3060 12GB"). `remarks` of the result say what was assumed. `command` is
+    how the user named the card.
 
     Raises:
         Misuse: no card of the catalogue has this name, or none has this much memory.
@@ -126,7 +131,7 @@ def imagine(gpu_name: str | None, ram_bytes: int | None, base: Hardware | None =
         ram_bytes = COMMON_RAM
         remarks.append(f"{COMMON_RAM // GIB} GiB of RAM are assumed")
     if gpu_name is not None:
-        card, remark = find_card(gpu_name)
+        card, remark = find_card(gpu_name, command)
         remarks += [remark] if remark else []
         machine = replace(machine, gpus=(_unused(card),), nvml=NvmlState("ok", "imagined"), rates=NO_RATES)
     if ram_bytes is not None:
@@ -135,7 +140,7 @@ def imagine(gpu_name: str | None, ram_bytes: int | None, base: Hardware | None =
     return replace(machine, remarks=(*machine.remarks, *remarks))
 
 
-def find_card(text: str) -> tuple[Card, str]:
+def find_card(text: str, command: str = PLAN) -> tuple[Card, str]:
     """The card a person means, and a sentence on the choice where one was made for them.
 
     Raises:
@@ -144,14 +149,14 @@ def find_card(text: str) -> tuple[Card, str]:
     size = _SIZE.search(text.lower())
     found = _by_name().get(_key(text), ())
     if not found:
-        raise _unknown(text)
+        raise _unknown(text, command)
     fitting = [card for card in found if not size or _sold_as(card, int(size[1]))]
     if not fitting:
         raise Misuse(
             Problem(
-                what=f"There is no {found[0].title} with {size[1] if size else '?'} GB",
+                what=f"there is no {found[0].title} with {size[1] if size else '?'} GB",
                 why=f"It comes with {_sizes(found)} GB.",
-                fix=f'kleinctl plan --gpu "{found[0].title}"',
+                fix=f"kleinctl {command.format(found[0].title)}",
                 name="unknown-gpu",
             )
         )
@@ -161,11 +166,11 @@ def find_card(text: str) -> tuple[Card, str]:
     other = max(fitting, key=lambda card: card.vram_bytes)
     return smallest, (
         f"{smallest.title} comes with {_sizes(fitting)} GB: {smallest.size} GB are assumed, "
-        f'--gpu "{_spelled(other)}" means the other'
+        f"{command.format(_spelled(other)).partition(' ')[2]} means the other"
     )
 
 
-def _unknown(text: str) -> Misuse:
+def _unknown(text: str, command: str) -> Misuse:
     import difflib
 
     near = difflib.get_close_matches(_key(text), list(_by_name()), n=1, cutoff=0.5)
@@ -175,7 +180,7 @@ def _unknown(text: str) -> Misuse:
         Problem(
             what=f"{text[:60]!r} is no NVIDIA card that kleinctl knows",
             why=f"Of the {len(cards())} in its list, {nearest}.",
-            fix=f'kleinctl plan --gpu "{card.title}"',
+            fix=f"kleinctl {command.format(card.title)}",
             name="unknown-gpu",
         )
     )

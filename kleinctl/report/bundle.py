@@ -270,7 +270,8 @@ def _report(path: Path, document: Mapping[str, Any]) -> Report:
             findings=_recorded(document),
         )
     if schema != SCHEMA:
-        raise _Refused(f"Its schema is {ascii(schema)[:60]}; wanted is {SCHEMA} or kleinctl.doctor/1.")
+        named = "It has no schema" if schema is None else f"Its schema is {ascii(schema)[:60]}"
+        raise _Refused(f"{named}; wanted is {SCHEMA} or kleinctl.doctor/1.")
     findings = documents.sized(document.get("findings", {}), dict, "findings")
     log = documents.sized(findings.get("log", {}), dict, "findings.log")
     return Report(

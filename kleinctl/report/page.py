@@ -197,7 +197,7 @@ def _machine(hardware: Document) -> str:
 
 def _card(gpu: Document) -> str:
     free = f"{gib(gpu['vram_free_bytes'])} of {gib(gpu['vram_bytes'])} VRAM free"
-    return f"{gpu['arch']}, {free}, driver {gpu['driver']}"
+    return f"{gpu['arch']}, {free}, driver {gpu['driver'] or 'unknown'}"
 
 
 def _verdict(document: Document) -> str:

@@ -19,7 +19,7 @@ from kleinctl.facts.weights import FoundFile
 from kleinctl.hardware import Gpu, Hardware
 from kleinctl.identify import identify
 from kleinctl.plugins import Plugins
-from kleinctl.problem import Problem, Remedy
+from kleinctl.problem import Problem, Remedy, shell
 from kleinctl.units import GIB
 from tests import weights
 from tests.facts.test_comfyui import checkout, venv, write
@@ -101,7 +101,7 @@ def test_a_comfyui_from_before_klein(ask, root):
     problem = ask()["comfyui-too-old"]
     assert problem.what == "ComfyUI is too old for klein"
     assert problem.why == "Wanted is ComfyUI 0.9.2 or newer; this is 0.8.2, which takes klein for another model."
-    assert problem.fix.startswith(f'git -C "{root}" pull && ')
+    assert problem.fix.startswith(f"git -C {shell(root)} pull && ")
     assert problem.ref == "C07"
     assert "cliploader-lacks-flux2" not in ask()
 
@@ -188,7 +188,7 @@ def test_a_gguf_without_the_node_for_it(ask, root):
     assert "gguf-needs-node" not in ask()
     pack.rename(root / "custom_nodes" / "ComfyUI-GGUF.disabled")
     assert "is switched off" in ask()["gguf-needs-node"].why
-    assert ask()["gguf-needs-node"].fix.startswith(f'rename "{pack}.disabled" to "{pack}"')
+    assert ask()["gguf-needs-node"].fix.startswith(f"rename {shell(f'{pack}.disabled')} to {shell(pack)}")
     (root / "custom_nodes" / ".disabled").mkdir()
     (root / "custom_nodes" / "ComfyUI-GGUF.disabled").rename(root / "custom_nodes" / ".disabled" / "comfyui-gguf@1_0")
     assert ask()["gguf-needs-node"].remedy is None  # ComfyUI-Manager put it there

@@ -130,7 +130,7 @@ def test_a_cache_that_is_not_whole(cache):
     assert "1 unfinished download of 5.00 kB" in problem.why
     assert "vae/config.json holds a web page" in problem.why
     assert problem.fix == (
-        'hf download black-forest-labs/FLUX.2-klein-4B "vae/config.json" --force-download '
+        "hf download black-forest-labs/FLUX.2-klein-4B vae/config.json --force-download "
         "&& hf download black-forest-labs/FLUX.2-klein-4B"
     )
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 import pytest
 
+from kleinctl.problem import shell
 from kleinctl.store import Stamps
 from tests import weights as files
 from tests.checks.looking import PLUGINS, by_name
@@ -47,6 +49,24 @@ def about_files(*folders: Path, **more) -> dict:
 
 def test_the_right_files_everywhere_are_no_problem(store, comfy):
     assert about_files(comfy) == {}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no file has a quote in its name")
+def test_a_quote_in_the_name_of_a_folder_stays_within_the_word_that_is_pasted(tmp_path):
+    folder = tmp_path / 'mine" && touch "owned' / "vae"
+    folder.mkdir(parents=True)
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 168120878\n"
+    (folder / "klein.safetensors").write_text(pointer)
+    fix = about_files(folder.parent)["weights-lfs-pointer"].fix
+    assert shlex.split(fix, comments=True) == ["git", "-C", str(folder), "lfs", "pull"]
+
+
+def test_a_path_of_windows_is_quoted_as_windows_reads_it():
+    assert shell("git", "-C", r"C:\my models\klein", "pull") == r'git -C "C:\my models\klein" pull'
+    assert shell("git", "-C", r"C:\klein", "pull") == r"git -C C:\klein pull"
+    assert shell("dir", r"~\ComfyUI & co") == r'dir "~\ComfyUI & co"'
+    forged = shell("git", "-C", 'C:\\klein" && calc "', "pull")
+    assert forged.count('"') == 2 and forged.index('"') < forged.index("&&") < forged.rindex('"')
 
 
 # B02, B03, B04
@@ -92,7 +112,7 @@ def test_a_file_of_a_diffusers_folder_is_fetched_into_it(tmp_path):
     files.write(tmp_path / TRANSFORMER, files.flux2_diffusers(**files.KLEIN_9B), missing=7)
     (tmp_path / "model_index.json").write_text('{"_class_name": "Flux2KleinPipeline"}')
     assert about_files(tmp_path)["weights-truncated"].fix == (
-        f'hf download black-forest-labs/FLUX.2-klein-9B {TRANSFORMER} --local-dir "{tmp_path}" --force-download'
+        f"hf download black-forest-labs/FLUX.2-klein-9B {TRANSFORMER} {shell('--local-dir', tmp_path)} --force-download"
     )
 
 

@@ -15,7 +15,7 @@ from kleinctl.checks import Check, run_checks
 from kleinctl.checks import workflow as workflow_checks
 from kleinctl.facts import comfyui, workflow
 from kleinctl.facts.weights import FoundFile
-from kleinctl.problem import Problem
+from kleinctl.problem import Problem, shell
 from tests import weights
 from tests.checks.test_comfyui import gathered, version
 from tests.facts.test_comfyui import checkout, write
@@ -252,7 +252,7 @@ def test_a_wrong_file_without_a_right_one_beside_it_is_never_replaced(ask, root)
     weights.write(root / "models" / "text_encoders" / ENCODER, weights.qwen3(**weights.QWEN3_8B))
     problem = ask()["text-encoder-width"]
     assert problem.remedy is None
-    assert problem.fix.startswith(f'kleinctl install --model klein-4b --comfyui "{root}"   # then choose')
+    assert problem.fix.startswith(f"kleinctl install --model klein-4b --comfyui {shell(root)}   # then choose")
 
 
 def test_a_decoder_alone_where_a_picture_is_encoded(ask, root):
@@ -319,7 +319,7 @@ def test_the_wrong_type_in_the_text_encoders_loader(kind, ask, tmp_path):
     assert problem.what == f"CLIPLoader loads {ENCODER} as {kind}"
     assert problem.ref == "C03"
     assert problem.remedy.arguments["value"] == "flux2"
-    assert problem.fix == f'kleinctl doctor --fix --workflow "{tmp_path / "mine.json"}"'
+    assert problem.fix == shell("kleinctl", "doctor", "--fix", "--workflow", tmp_path / "mine.json")
 
 
 def test_flux1s_two_text_encoders_and_its_text_node(ask, root):

@@ -21,7 +21,7 @@ from kleinctl.comfyui import find, record
 from kleinctl.home import manifests_folder
 from kleinctl.manifest import Shape
 from kleinctl.plugins import Offer, Plugins
-from kleinctl.problem import KleinctlError
+from kleinctl.problem import KleinctlError, shell
 from tests.comfyui import fake
 from tests.comfyui.test_adopt import PACKAGES, state
 from tests.hub import Hub
@@ -185,7 +185,8 @@ def test_files_of_an_adopted_comfyui_are_used_where_they_are_and_not_fetched_aga
     before = state(theirs)
 
     problem, said = install("--comfyui", str(theirs))
-    assert problem.name == "usage" and problem.fix == "add --yes" and comfyui.known() is None
+    again = f"kleinctl install --model klein-small --backend comfy {shell('--comfyui', theirs)} --yes"
+    assert problem.name == "usage" and problem.fix == again and comfyui.known() is None
     assert "nothing in it is changed" in said and there() == set()
     code, said = install("--comfyui", str(theirs), "--yes")
     assert code == 0 and not [seen for seen in house.requests if seen.method == "GET"]

@@ -259,11 +259,11 @@ def test_a_written_workflow_opens_in_comfyuis_own_page(session, tmp_path, varian
 def test_several_jobs_through_a_worker(empty_home, tmp_path, session):
     session.close()  # one checkout runs once at a time
     jobs = tuple(replace(JOB, seed=seed) for seed in (1, 2, 3))
-    outputs = tuple(tmp_path / f"{job.seed}.png" for job in jobs)
+    outputs = tuple(generate.Output(tmp_path / f"{job.seed}.png") for job in jobs)
     plugin, folder = "kleinctl_plugins.comfyui_fp8", place("vae").parent.parent
     request = generate.Request(model(), folder, "comfyui-fp8", plugin, Path(sys.executable), CPU, jobs, outputs)
     result = generate.run(request, lambda event: None)
-    assert [path.is_file() for path in outputs] == [True] * 3
+    assert [output.path.is_file() for output in outputs] == [True] * 3
     assert len({image.pixels_sha256 for image in result.images}) == 3
     assert servers(empty_home) == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import hashlib
@@ -253,16 +254,17 @@ def test_the_job_of_a_server_that_fell_silent_is_left_to_whoever_outlives_us(mon
     """It may go on when the server wakes up."""
     queued = []
 
-    def silent(self, prompt):
-        raise self._silent("/history gave no answer: timed out")
+    async def late(self, request):
+        await asyncio.sleep(0.5)
 
-    with Double() as double, monkeypatch.context() as patch:
-        patch.setattr(Client, "_history", silent)
-        patch.setattr(Client, "stop", silent)
-        with pytest.raises(KleinctlError):
+    with monkeypatch.context() as patch:
+        patch.setattr(Double, "one_history", late)
+        patch.setattr(comfyui_client, "ANSWER_SECONDS", 0.3)
+        with Double() as double, pytest.raises(KleinctlError, match="timed out"):
             Client(double.url).run(graph(), lambda *event: None, queued.append)
-        assert len(queued) == 1 and queued[0] is not None
-        patch.undo()
+    assert len(queued) == 1 and queued[0] is not None
+    assert [path for path, _ in double.headers if path in ("/queue", "/interrupt")] == [], "it is not waited for twice"
+    with Double() as double:
         Client(double.url).run(graph(), lambda *event: None, queued.append)
     assert queued[-1] is None, "one that has ended is over"
 

@@ -86,6 +86,7 @@ def test_a_bare_report_and_doctors_answer_are_read_too(tmp_path):
         (b'{"a":' * 60_000 + b"1" + b"}" * 60_000, "Its text is no JSON"),
         (b'{"schema": "kleinctl.report/1", "schema": 1}', "says the same name twice"),
         (b'{"schema": "kleinctl.report/1", "facts": {"hardware": NaN}}', "has NaN for a number"),
+        (b'{"report": 1}', "It has no schema; wanted is kleinctl.report/1"),
         (b'{"schema": "other/1"}', "Its schema is 'other/1'; wanted is kleinctl.report/1"),
         (b'{"schema": "kleinctl.report/1"}', "facts in this report cannot be read"),
         (b"{" + b",".join(b'"%d":[]' % n for n in range(300_000)) + b"}", "more entries than any report"),

@@ -101,6 +101,12 @@ def test_the_memory_picture_has_a_bar_for_what_each_backend_takes(document):
     assert f"{fit['vram_bytes'] / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free" in text
 
 
+def test_a_card_whose_driver_is_not_known(document):
+    for gpu in document["hardware"]["gpus"]:
+        gpu["driver"] = None
+    assert "driver unknown" in page.doctor(document, ()) and "None" not in page.doctor(document, ())
+
+
 def test_a_file_name_that_is_html_stays_text(document):
     document["problems"][0]["what"] = "<script>alert(1)</script>"
     text = page.doctor(document)

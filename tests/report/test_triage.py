@@ -104,6 +104,23 @@ def test_what_differs_between_a_working_and_a_broken_machine(reports, kleinctl):
     assert [each["name"] for each in document["diff"]] == ["gpu0.driver"]
 
 
+def test_two_reports_of_one_machine_show_the_same(reports, kleinctl):
+    for name, told in (("well", "both have no problem"), ("pascal", "both have the same problems: ")):
+        answer = kleinctl("triage", "--diff", *[str(reports / f"{name}.zip")] * 2).stdout
+        assert "both show the same machine\n" in answer and told in answer and "only in" not in answer
+
+
+def test_one_report_that_is_judged_again_is_one(reports, kleinctl):
+    told = kleinctl("triage", "--replay", str(reports / "well.zip")).stdout
+    assert told.splitlines()[-1].startswith("1 report: ")
+
+
+def test_a_backend_that_was_not_checked_is_not_said_not_to_run(reports, kleinctl):
+    rows = [line.split() for line in kleinctl("triage", str(reports / "well.zip")).stdout.splitlines()]
+    [head] = [row[0] for row in rows if row[1:4] == ["klein-4b", "with", "comfyui-fp8:"]]
+    assert head == "perhaps"
+
+
 def test_files_of_two_machines_are_told_apart_by_name():
     left = Facts(
         machines.hardware(), files=(machines.weights_file("~/ComfyUI/models/vae/ae.safetensors", folder="vae"),)

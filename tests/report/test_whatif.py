@@ -80,6 +80,26 @@ def test_a_setting_that_makes_no_sense(said, words):
     assert words in problem.what + problem.why
 
 
+@pytest.mark.parametrize(
+    ("said", "fix"),
+    [
+        ("gpu=RTX 4075 Ti", 'kleinctl doctor --set "gpu=RTX 4070 Ti"'),
+        ("gpu=RTX 3060 64GB", 'kleinctl doctor --set "gpu=RTX 3060"'),
+        ("vram_free=much", "kleinctl doctor --set vram_free=6GiB"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_has_a_hint_for_doctor(said, fix):
+    with pytest.raises(Misuse) as caught:
+        changed(CARD, [said])
+    problem = caught.value.problem
+    assert problem.fix == fix and problem.name.startswith("unknown-") and not problem.what[:1].isupper()
+
+
+def test_a_card_of_several_sizes_is_named_as_doctor_takes_it():
+    [remark] = changed(CARD, ["gpu=RTX 3060"]).hardware.remarks
+    assert remark.endswith('8 GB are assumed, --set "gpu=RTX 3060 12GB" means the other')
+
+
 def test_a_machine_without_a_card_is_given_one():
     bare = Facts(Hardware(platform="linux"))
     with pytest.raises(Misuse):
