@@ -1385,7 +1385,7 @@ PATTERNS: tuple[LogPattern, ...] = (
     LogPattern(
         "weights-truncated",
         r"MetadataIncompleteBuffer|incomplete metadata, file not fully covered|InvalidHeaderLength"
-        r"|invalid header length|safetensors file is corrupt/incomplete",
+        r"|invalid header length|safetensors file is corrupt/incomplete|bytes, in the middle of its weights",
         _damaged(
             "weights-truncated",
             "The safetensors file is shorter or longer than its header says: a download was cut off.",

@@ -34,6 +34,8 @@ PROCESS_BYTES = int(1.4 * GIB)
 IMPORT_SECONDS = 7.0
 #: Bytes per second read from the page cache into VRAM (measured: 6 GB in 1.1 s), and assumed of an NVMe disk when cold.
 CACHED_READ_RATE, DISK_READ_RATE = 5.5e9, 2.0e9
+#: The same of a disk that turns (published for hard disks, in sequence: 0.15e9 to 0.28e9).
+HARD_DISK_READ_RATE = 0.2e9
 
 #: Activations in GiB by pixels, on top of weights: VAE decode, and denoising. Of a decode the least in which it gives
 #: the same bits as with plenty (0.69, 2.41, 5.39, 9.57; with less, cuDNN takes other algorithms before memory runs out)
@@ -238,16 +240,17 @@ def cached_rate(rates: Rates) -> float:
     return rates.cached or CACHED_READ_RATE
 
 
-def disk_rate(rates: Rates) -> float:
-    """Bytes a second from a weights file that is on the disk alone: as measured, else DISK_READ_RATE."""
-    return rates.disk or DISK_READ_RATE
+def disk_rate(hardware: Hardware) -> float:
+    """Bytes a second from a weights file that is on the disk alone: as measured, else by the kind of disk."""
+    disk = hardware.disks.get("models")
+    return hardware.rates.disk or (HARD_DISK_READ_RATE if disk and disk.rotational else DISK_READ_RATE)
 
 
 def read_seconds(count: int, hardware: Hardware, *, warm: bool) -> float:
     """Seconds to read `count` bytes of weights; from the page cache when `warm` and RAM can hold them."""
     if warm and hardware.ram_available_bytes > count + PROCESS_BYTES:
         return count / cached_rate(hardware.rates)
-    return count / disk_rate(hardware.rates)
+    return count / disk_rate(hardware)
 
 
 def _no_card(hardware: Hardware) -> str:

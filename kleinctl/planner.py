@@ -18,12 +18,18 @@ if TYPE_CHECKING:
     from kleinctl.manifest import Model
     from kleinctl.plugins import Offer
 
+#: Of the seconds of a picture, those that more RAM or another precision has to come down to before it is told.
+FASTER = 0.9
+#: More RAM than any plan takes, in bytes.
+AMPLE_BYTES = 2**50
+
 
 @dataclass(frozen=True)
 class Candidate:
     """A backend and a model on one machine: the fit, and what is in the way.
 
     `unchecked`: it fits, and whether what it needs beside that is there could not be looked at; `problem` says so.
+    `faster`: where little RAM makes it slower, the sentence that says so, and what would help.
     """
 
     backend: str
@@ -32,6 +38,7 @@ class Candidate:
     problem: Problem | None = None
     device: str = "cuda:0"
     unchecked: bool = False
+    faster: str = ""
 
     @property
     def runs(self) -> bool:
@@ -157,7 +164,26 @@ def _on(
             environments.torch_build(hardware, cuda=device != "cpu")
         except KleinctlError as error:
             problem = error.problem
-    return Candidate(backend.name, model.name, fit, problem, device)
+    return Candidate(backend.name, model.name, fit, problem, device, faster=_faster(backend, model, hardware, job, fit))
+
+
+def _faster(backend: Backend, model: Model, hardware: Hardware, job: Job, fit: Fit) -> str:
+    """What would make pictures faster where RAM holds them up, each with the seconds it is predicted; else nothing."""
+    enough = fit.seconds_next * FASTER
+    ample = backend.fit(model, replace(hardware, ram_available_bytes=AMPLE_BYTES), job)
+    if not fit.fits or ample.seconds_next > enough:
+        return ""
+    told = (
+        "Weights that RAM has no room for are read again for each picture: "
+        f"with {gib(ample.ram_bytes)} of RAM available (close programs, or more RAM) it would take "
+        f"{seconds_text(ample.seconds_next)}"
+    )
+    fits = {name: backend.fit(model, hardware, replace(job, precision=name)) for name in precisions(backend)}
+    ways = [(each.seconds_next, name) for name, each in fits.items() if each.fits and each.seconds_next <= enough]
+    if ways and not job.precision:
+        seconds, name = min(ways)
+        told += f"; `kleinctl run --precision {name}` takes {seconds_text(seconds)}, for nearly the same picture"
+    return f"{told}."
 
 
 def choose(candidates: Sequence[Candidate]) -> Choice | None:
@@ -176,7 +202,7 @@ def choose(candidates: Sequence[Candidate]) -> Choice | None:
         why += "; nothing else that could be checked fits"
     elif len(candidates) > 1:
         why += "; nothing else fits here"
-    return Choice(best, why + ".")
+    return Choice(best, f"{why}. {best.faster}".rstrip())
 
 
 def memory_text(fit: Fit) -> str:

@@ -201,7 +201,7 @@ def plan_environment(way: Way, where: Place, hardware: Hardware) -> environments
 def budget(where: Place, hardware: Hardware) -> Budget:
     """What the job may use now."""
     vram = memory.usable_vram(hardware.gpu) if where.cuda and hardware.gpu is not None else 0
-    known = replace(hardware, packages={}, disks={}, remarks=())  # what a plan goes by
+    known = replace(hardware, packages={}, remarks=())  # what a plan goes by
     return Budget(vram, hardware.ram_available_bytes, where.device, known)
 
 

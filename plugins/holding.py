@@ -66,7 +66,7 @@ class Holding:
 
     With `tiles` the picture is decoded in tiles, and differs a little from a whole decode. What streams goes through
     `slots`. `moved_bytes` of weights go to the device for each picture, those of the text encoder that stream through
-    left out: a prompt that comes again does not need them.
+    left out: a prompt that comes again does not need them. `disk_bytes` are read from the disk for each picture.
     """
 
     encoder: Held
@@ -76,6 +76,7 @@ class Holding:
     tiles: bool
     moved_bytes: int
     slots: int
+    disk_bytes: int
 
     @property
     def vram_bytes(self) -> int:
@@ -134,7 +135,7 @@ class Task:
             copy,
             rates.pageable or copy * PAGEABLE_SHARE,
             min(memory.cached_rate(rates), copy),
-            min(memory.disk_rate(rates), memory.cached_rate(rates), copy),
+            min(memory.disk_rate(hardware), memory.cached_rate(rates), copy),
             context + model.shape.vae_bytes,
             WSL_PIN_BYTES if hardware.wsl else None,
         )
@@ -228,6 +229,7 @@ def _plan(task: Task, room: int, host: int, encoder_way: str, transformer_way: s
     model, job = task.model, task.job
     encoder, transformer = encoder_units(model, job.precision), transformer_units(model, job.precision)
     blocks = {name: size for name, size in transformer.items() if name}
+    units, stored = encoder | transformer, encoder_units(model) | transformer_units(model)  # as held, and in the files
     encoding, denoising = memory.encode_bytes(model), memory.denoise_bytes(model, job)
     decoding = (memory.tiled_decode_bytes if tiles else memory.decode_bytes)(model, job)
     decoding = max(decoding, memory.reference_bytes(model, job))  # with the same weights on the card
@@ -237,8 +239,8 @@ def _plan(task: Task, room: int, host: int, encoder_way: str, transformer_way: s
     coming = slots * max(encoder.values()) if encoder_way == "streamed" else encoder_all
     ring = slots * max(blocks.values()) if transformer_way == "streamed" else 0
     if job.precision == FP8:  # what a block is expanded into
-        coming += max(encoder_units(model).values())
-        ring += max(size for name, size in transformer_units(model).items() if name)
+        coming += max(stored[name] for name in encoder)
+        ring += max(stored[name] for name in blocks)
 
     left = room - denoising - rest - ring - beside if transformer_way == "streamed" else sum(blocks.values())
     resident = ["", *_fill(blocks, _staying(blocks), left)]
@@ -254,27 +256,23 @@ def _plan(task: Task, room: int, host: int, encoder_way: str, transformer_way: s
         coming, beside = coming + _size(encoder, encoder_kept), _size(encoder, encoder_kept)
     encoder_out, transformer_out = _without(encoder, encoder_kept), _without(transformer, kept)
     streamed, evicted = _without(blocks, resident), _without(resident, kept)
-    encoder_host, transformer_host = _waiting(
-        {name: encoder[name] for name in encoder_out if encoder_way != "staged"},
-        {name: transformer[name] for name in [*_staying(streamed), *evicted] if transformer_way != "staged"},
-        host - READER_BYTES if job.precision != FP8 else sum((*encoder.values(), *transformer.values())),
-    )
-    encoder_read, transformer_read = _without(encoder_out, encoder_host), _without(transformer_out, transformer_host)
-    pinned = _size(encoder, encoder_host) + _size(transformer, transformer_host)
-    read = _size(encoder, encoder_read) + _size(transformer, transformer_read)
-    rate = task.rate(pinned)
-    read_rate = task.cached_rate if host - READER_BYTES - pinned >= read else task.disk_rate
+    wanted = [*_staying(streamed), *evicted] if transformer_way != "staged" else []  # first: in every step
+    wanted += _staying(encoder_out) if encoder_way != "staged" else []
+    waiting = _waiting(units, wanted, host - READER_BYTES if job.precision != FP8 else _size(units, units))
+    read = _without([*encoder_out, *transformer_out], waiting)
+    pinned, read_bytes = _size(units, waiting), _size(stored, read)
+    cached = host - READER_BYTES - pinned >= read_bytes
+    rate, read_rate = task.rate(pinned), task.cached_rate if cached else task.disk_rate
 
-    def bring(units: Mapping[str, int], names: Sequence[str], read: Sequence[str]) -> float:
+    def bring(names: Sequence[str]) -> float:
         """Seconds until units are on the device."""
-        files = _size(units, [name for name in names if name in read])
-        return (_size(units, names) - files) / rate + files / read_rate
+        files = [name for name in names if name in read]
+        return _size(units, _without(names, files)) / rate + _size(stored, files) / read_rate
 
-    encode, bringing = task.encode_seconds, bring(encoder, encoder_out, encoder_read)
+    encode, bringing = task.encode_seconds, bring(encoder_out)
     encode = _beside(encode, bringing, slots) if encoder_way == "streamed" else encode + bringing
     forwards = memory.forwards(model, job)
-    denoise = forwards * _beside(task.forward_seconds, bring(blocks, streamed, transformer_read), slots)
-    denoise += bring(transformer, evicted, transformer_read)
+    denoise = forwards * _beside(task.forward_seconds, bring(streamed), slots) + bring(evicted)
     moved = forwards * _size(blocks, streamed) + _size(transformer, evicted)
     moved += _size(encoder, encoder_out) if encoder_way == "resident" else 0
     decode = task.decode_seconds * (TILED if tiles else 1)
@@ -282,15 +280,13 @@ def _plan(task: Task, room: int, host: int, encoder_way: str, transformer_way: s
     def stage(name: str, weights: int, activations: int, seconds: float) -> Stage:
         return Stage(name, task.base_bytes + weights + activations, weights + model.shape.vae_bytes, seconds)
 
+    def held_so(way: str, own: Mapping[str, int], resident: Sequence[str], kept: Sequence[str]) -> Held:
+        from_host, from_files = ([name for name in names if name in own] for names in (waiting, read))
+        return Held(way, tuple(resident), tuple(kept), tuple(from_host), tuple(from_files))
+
     return Holding(
-        Held(
-            encoder_way,
-            tuple(encoder_kept) if encoder_way == "streamed" else tuple(staying),
-            tuple(encoder_kept),
-            tuple(encoder_host),
-            tuple(encoder_read),
-        ),
-        Held(transformer_way, tuple(resident), tuple(kept), tuple(transformer_host), tuple(transformer_read)),
+        held_so(encoder_way, encoder, encoder_kept if encoder_way == "streamed" else staying, encoder_kept),
+        held_so(transformer_way, transformer, resident, kept),
         (
             stage("encode", coming + held, encoding, encode + task.between_seconds),
             stage("denoise", computing + beside, denoising, denoise),
@@ -300,18 +296,13 @@ def _plan(task: Task, room: int, host: int, encoder_way: str, transformer_way: s
         tiles,
         moved,
         slots,
+        0 if cached else read_bytes,
     )
 
 
-def _waiting(encoder: Mapping[str, int], transformer: Mapping[str, int], host: int) -> tuple[list[str], list[str]]:
-    """Of units that should wait in host memory, those that `host` bytes take, if they do not take all.
-
-    First the transformer's, for those are needed in every step, in the order given.
-    """
-    if sum((*encoder.values(), *transformer.values())) > host:
-        host -= PAGES_BYTES
-    first = _fill(transformer, transformer, host)
-    return _fill(encoder, _staying(encoder), host - _size(transformer, first)), first
+def _waiting(units: Mapping[str, int], wanted: Sequence[str], host: int) -> list[str]:
+    """Of units that should wait in host memory, those that `host` bytes take in this order, if they do not take all."""
+    return _fill(units, wanted, host if _size(units, wanted) <= host else host - PAGES_BYTES)
 
 
 def _without(units: Iterable[str], those: Iterable[str]) -> list[str]:

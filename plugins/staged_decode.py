@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -83,7 +84,7 @@ class StagedDecode:
             vram_bytes=vram,
             ram_bytes=host,
             disk_bytes=model.bytes(self.layout),
-            seconds_first=_first_seconds(weights, hardware) + plan.seconds,
+            seconds_first=_first_seconds(weights - plan.disk_bytes, hardware) + plan.seconds,
             seconds_next=plan.seconds,
             fits=why_not is None,
             strategy=plan.strategy,
@@ -98,16 +99,15 @@ class StagedDecode:
         host = max(0, budget.ram_bytes - memory.PROCESS_BYTES)
         plan = holding.best(Task.of(model.manifest, budget.hardware, job), budget.vram_bytes, host)
         self._early = EarlyReader()
-        ahead = host - plan.host_bytes
+        later: list[Layout] = []
         for name, held in (("text_encoder", plan.encoder), ("transformer", plan.transformer)):
             every = _layouts(model, name)
             now = () if job.precision == FP8 else held.host
             self._early.read(name, [every[unit] for unit in now])
             order = dict.fromkeys((*held.resident, *every))  # as they will be read
-            later = [every[unit] for unit in order if unit not in now]
-            ahead -= sum(each.bytes for each in later)
-            if ahead > 0:
-                self._early.expect(later)
+            later += [every[unit] for unit in order if unit not in now]
+        totals, ahead = itertools.accumulate(each.bytes for each in later), host - plan.host_bytes
+        self._early.expect([each for each, total in zip(later, totals, strict=True) if total <= ahead])
 
     def load(self, model: InstalledModel, budget: Budget) -> Session:
         early, self._early = self._early, None
@@ -250,12 +250,15 @@ class Session:
     def _come_back(self, plan: Holding) -> None:
         """Bring back what was dropped for the decode, while the picture is written to its file.
 
-        What cannot come now is not missed before the next picture.
+        Of the text encoder only what waits in host memory: a prompt that comes again does not need what would have to
+        be read. What cannot come now is not missed before the next picture.
         """
+        units = [self.encoder.units[name] for name in plan.encoder.resident]
+        at_hand = [unit for unit in units if unit.device is not None or unit.host is not None]
         try:
             self._hold(plan, self.transformer, plan.transformer.kept)
-            if plan.encoder.way == "resident":
-                self._hold(plan, self.encoder, plan.encoder.resident)
+            if any(unit.device is None for unit in at_hand):
+                self._hold(plan, self.encoder, [unit.name for unit in at_hand])
         except (RuntimeError, OSError) as error:
             if isinstance(error, RuntimeError) and not _ran_out(error):
                 raise

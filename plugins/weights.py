@@ -270,7 +270,7 @@ class Ring:
 
         if not self._ready:  # one forward more than was expected
             self.begin()
-        for future in self._reading.pop(unit.name, ()):
+        for future in self._reading.get(unit.name, ()):  # where one fails, `close` waits for the others
             future.result()
         slot, copied = self._ready[unit.name]
         if copied is not None:

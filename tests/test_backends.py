@@ -383,7 +383,21 @@ def test_what_a_plan_holds_on_the_host_is_read_ahead_and_the_rest_is_expected_as
     backend = Plugins(frozenset()).backend("staged-decode").thing
     backend.prefetch(TINY, replace(asked, hardware=card), CIRCLE)
     assert read == [list(plan.encoder.host), list(plan.transformer.host)]
-    assert expected == [[*plan.encoder.resident, ""], list(plan.transformer.kept)]
+    assert expected == [[*plan.encoder.resident, "", *plan.transformer.kept]]
+
+
+def test_no_more_is_read_ahead_than_ram_has_room_for(monkeypatch):
+    """What is too much pushes out of the page cache what is needed first, and is then read again."""
+    from kleinctl_plugins.layout import EarlyReader
+
+    expected: list[Any] = []
+    monkeypatch.setattr(EarlyReader, "expect", lambda self, units: expected.extend(units))
+    backend = Plugins(frozenset()).backend("staged-decode").thing
+    ram = memory.PROCESS_BYTES + holding.READER_BYTES + 10_000_000  # of 17 MB of weights
+    budget = Budget(20 * GIB, ram, "cuda:0", hardware=imagine("RTX 4090", 4 * GIB))
+    backend.prefetch(TINY, budget, CIRCLE)
+    assert 8_000_000 < sum(each.bytes for each in expected) <= 10_000_000
+    assert expected[0].name == "layers.0"
 
 
 def test_fp8_gives_the_same_bits_however_it_is_held_and_nearly_the_picture_without_it(sessions):

@@ -118,6 +118,7 @@ KNOWN = [
     ("SafetensorError: Error while deserializing header: MetadataIncompleteBuffer", "weights-truncated", "B02"),
     (f"{HEADER}: incomplete metadata, file not fully covered", "weights-truncated", "B02"),
     (f"{HEADER}: invalid header length", "weights-truncated", "B02"),
+    ("OSError: /m/x.safetensors ends at 2000000 bytes, in the middle of its weights", "weights-truncated", "B02"),
     (f"{HEADER}: header too large", "weights-not-safetensors", "B03"),
     (f"{HEADER}: HeaderTooLarge", "weights-not-safetensors", "B03"),
     (f"{HEADER}: HeaderTooSmall", "weights-empty", "B04"),

@@ -8,6 +8,7 @@ import pytest
 
 from kleinctl import memory
 from kleinctl.hardware import imagine
+from kleinctl.hardware.facts import Disk
 from kleinctl.manifest import Model
 from kleinctl.planner import choose, compare, default_job
 from kleinctl.plugins import Plugins
@@ -144,3 +145,12 @@ def test_a_hidden_card_is_said_to_be_hidden(plugins, klein):
     hidden = replace(hardware, gpus=(replace(hardware.gpus[0], hidden=True),))
     [first, *_] = compare(plugins.backends.values(), klein, hidden, default_job(klein))
     assert "is hidden by CUDA_VISIBLE_DEVICES" in first.why_not
+
+
+def test_weights_that_are_read_again_take_longer_from_a_disk_that_turns(plugins, klein):
+    backend = plugins.backend("staged-decode").thing
+    solid = imagine("RTX 3060", 8 * GIB)
+    turning = replace(solid, disks={"models": Disk("/models", 0, 0, rotational=True)})
+    fits = [backend.fit(klein, each, default_job(klein)) for each in (solid, turning)]
+    assert fits[1].seconds_next > 3 * fits[0].seconds_next
+    assert fits[1].seconds_first > 3 * fits[0].seconds_first

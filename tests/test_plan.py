@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from kleinctl import memory
@@ -65,6 +67,27 @@ def test_what_could_not_be_checked_is_not_called_unfit(kleinctl):
     assert answer.exit_code == 1 and "Nothing that could be checked would run." in answer.stdout
     chosen = kleinctl("plan", "--gpu", "RTX 3060", "--ram", "32", "--model", "klein-4b", "--size", "1024").stdout
     assert "nothing else fits here" not in chosen
+
+
+def test_a_gamer_with_8_gb_is_told_what_would_make_pictures_faster(kleinctl):
+    words = ("plan", "--model", "klein-4b", "--size", "1024", "--gpu")
+    small = kleinctl(*words, "RTX 3060", "--ram", "8").stdout
+    [(takes, more, fp8)] = re.findall(
+        r"Weights that RAM has no room for are read again for each picture: with (\S+) GiB of RAM available "
+        r"\(close programs, or more RAM\) it would take (\S+) s; `kleinctl run --precision fp8` takes (\S+) s, "
+        r"for nearly the same picture\.\n",
+        small,
+    )
+    [now] = re.findall(r"GiB of RAM, about (\d+) s a picture", small)
+    assert float(takes) > 5 and max(float(more), float(fp8)) < int(now)
+    assert f"about {more} s a picture" in kleinctl(*words, "RTX 3060", "--ram", "16").stdout
+    assert "read again" not in kleinctl(*words, "RTX 4090", "--ram", "8").stdout  # all of it stays on the card
+
+
+def test_fp8_is_not_recommended_where_it_does_not_fit(kleinctl):
+    words = ("plan", "--gpu", "GTX 1650", "--ram", "8", "--model", "klein-4b", "--size", "1024")
+    answer = kleinctl(*words).stdout
+    assert "are read again for each picture: with 13.2 GiB of RAM available" in answer and "--precision" not in answer
 
 
 def test_a_reason_says_for_which_sizes_it_goes(kleinctl):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from kleinctl import memory
 from kleinctl.checks import Check, check, run_checks
 from kleinctl.problem import Evidence, Problem, Remedy
-from kleinctl.units import gib
+from kleinctl.units import GIB, gib
 
 if TYPE_CHECKING:
     from kleinctl.backends import Fit, Job
@@ -22,6 +22,8 @@ BASE_STEPS, BASE_GUIDANCE = 15, 1.0
 SLOWER = 2.5
 #: Share of the free memory (RAM) that a plan may take where there is no swap behind it.
 TIGHT = 0.9
+#: Share that the hint then limits a plan to.
+LEAVING = 0.7
 
 
 def job_problems(
@@ -174,18 +176,18 @@ def diffusers_edit_dtype(job_facts: JobFacts, job_environment: Environment) -> P
 
 @check("decode-memory")
 def decode_memory(job: Job, model: Model, hardware: Hardware) -> Problem | None:
-    """Decoding a picture of this size fits the card by itself."""
+    """Decoding a picture of this size fits the card by itself, in tiles at the least."""
     if hardware.gpu is None or "cuda" not in model.devices or "cpu" in model.devices:
         return None
-    needed = memory.decode_bytes(model, job) + model.shape.vae_bytes + memory.CONTEXT_BYTES
+    decoding = min(memory.decode_bytes(model, job), memory.tiled_decode_bytes(model, job))
+    needed = decoding + model.shape.vae_bytes + memory.CONTEXT_BYTES
     free = memory.usable_vram(hardware.gpu)
     if needed <= free:
         return None
     size = f"{job.width}x{job.height}"
     return Problem(
         what=f"decoding {size} takes more VRAM than is free",
-        why=f"The last stage, the VAE's, needs {gib(needed)} at {size} whatever else is unloaded; "
-        f"{gib(free)} can be used.",
+        why=f"The last stage, the VAE's, needs {gib(needed)} at {size} even in tiles; {gib(free)} can be used.",
         fix="kleinctl plan   # shows the sizes that fit",
         severity="error",
         ref="D02",
@@ -203,7 +205,7 @@ def memory_full(fit: Fit, hardware: Hardware) -> Problem | None:
         what="memory (RAM) will be nearly full",
         why=f"This plan takes {gib(fit.ram_bytes)} of the {gib(has)} that are available, and there is no swap: "
         "whatever else starts meanwhile may get the worker killed.",
-        fix="--backend staged-decode   # holds one part at a time, or close other programs",
+        fix=f"--backend staged-decode --ram-limit {has * LEAVING / GIB:.1f}GiB   # slower; or close other programs",
         severity="warning",
         ref="D03",
         evidence=(Evidence("memory available", gib(has), f"{gib(fit.ram_bytes / TIGHT)} without swap"),),

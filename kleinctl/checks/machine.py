@@ -16,9 +16,10 @@ from kleinctl.units import GIB, gib
 
 #: The largest file of klein 4B: the text encoder in bf16.
 LARGEST_PART = 8_044_982_048
-#: Loading takes up to 17 GiB of RAM and swap together.
+#: What loading takes at most of RAM and swap together: diffusers-offload, or a ComfyUI with the bf16 files
+#: (docs/measurements.md).
 LOADING_BYTES = 17 * GIB
-#: Windows has to promise the largest file and what it becomes: half as much again (a margin of ours).
+#: What reads a file whole has Windows promise it and what it becomes: half as much again (a margin of ours).
 COMMIT_BYTES = LARGEST_PART * 3 // 2
 #: The first version of the Visual C++ runtime that torch's libraries are known to load with.
 VC_RUNTIME = (14, 40)
@@ -529,8 +530,8 @@ def wsl_memory(hardware: Hardware, system: System) -> Problem | None:
     changeable = config is not None and not config.memory_bytes and not wslconfig_ignored.function(hardware, system)
     return Problem(
         f"WSL gives Linux only {gib(hardware.ram_bytes)} of RAM",
-        f"By default it is half of the computer's. Loading takes up to {gib(LOADING_BYTES)}; "
-        f"with {gib(hardware.swap_bytes)} of swap there are {gib(has)}.",
+        f"By default it is half of the computer's. diffusers-offload and ComfyUI take up to {gib(LOADING_BYTES)}; "
+        f"with {gib(hardware.swap_bytes)} of swap there are {gib(has)}. staged-decode runs with less, and slower.",
         "raise memory= and swap= under [wsl2] in %UserProfile%\\.wslconfig, then: wsl --shutdown",
         severity="warning",
         path=config.path if config else None,
@@ -611,7 +612,7 @@ def page_file_too_small(hardware: Hardware) -> Problem | None:
         return None
     return Problem(
         "Windows has little memory left to promise",
-        f"{gib(free)} of RAM and paging file are left; loading asks for {gib(COMMIT_BYTES)} at once, "
+        f"{gib(free)} of RAM and paging file are left; what loads a file whole asks for {gib(COMMIT_BYTES)} at once, "
         "and Windows refuses what it cannot promise, even where RAM looks free.",
         "SystemPropertiesPerformance.exe   # Advanced, Virtual memory: let Windows manage it; then restart",
         severity="warning",

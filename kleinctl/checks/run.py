@@ -33,6 +33,8 @@ GROWN_BYTES, GROWN_SHARE, GROWING_PICTURES = GIB, 0.2, 8
 PALE_LOW, PALE_HIGH, PALE_RANGE, PALE_TINT = 32, 224, 64, 48
 #: A picture so much of which is pure black shows nothing.
 BLACK = 0.999
+#: The hint where the models lie on a slow disk.
+ON_AN_SSD = "KLEINCTL_HOME=/a/folder/on/an/SSD kleinctl install"
 
 
 def run_problems(finished_run: FinishedRun, hardware: Hardware) -> list[Problem]:
@@ -152,6 +154,10 @@ def _held_back(hardware: Hardware) -> tuple[str, str]:
     throttled = hardware.gpu.throttled if hardware.gpu is not None else ()
     if throttled:
         return f"The card was held back by {' and '.join(throttled)}.", "plug in the charger, or let the card cool down"
+    kind = _slow_kind(hardware)
+    if kind:
+        again = "what RAM has no room for is read from there again for each picture"
+        return f"The card's memory was not full, and the models lie on {kind}: {again}.", ON_AN_SSD
     return "The card's memory was not full, so something else held it up: another program, heat or power.", "nvidia-smi"
 
 
@@ -247,26 +253,33 @@ def memory_grows(finished_run: FinishedRun) -> Problem | None:
 @check("slow-disk")
 def slow_disk(hardware: Hardware, model: Model) -> Problem | None:
     """The disk reads weights fast, and memory (RAM) keeps them for the next run."""
-    disk, weights = hardware.disks.get("models"), memory.weight_bytes(model)
-    if disk is not None and (disk.rotational or disk.network) and weights > GIB:
-        kind = "a hard disk" if disk.rotational else "a network drive"
+    disk, weights, kind = hardware.disks.get("models"), memory.weight_bytes(model), _slow_kind(hardware)
+    if disk is not None and kind and weights > GIB:
         return _slow(
             model,
             f"Its {bytes_text(weights)} of weights lie on {kind}, and may take minutes to read before the first step.",
-            "KLEINCTL_HOME=/a/folder/on/an/SSD kleinctl install",
+            ON_AN_SSD,
             Evidence(disk.path, kind, "an SSD"),
         )
     if GIB < hardware.ram_bytes < weights:
         return _slow(
             model,
             f"Its {bytes_text(weights)} of weights are more than the {gib(hardware.ram_bytes)} of memory (RAM), so "
-            "each run reads them from the disk again.",
-            "kleinctl run --count 4   # loads once for several pictures",
+            "each run reads them from the disk again; what the card has no room for either, each picture.",
+            'kleinctl run --count 4 "a cat"   # starts once for several pictures',
             Evidence("memory (RAM)", gib(hardware.ram_bytes), gib(weights)),
         )
     if disk is None or (disk.rotational is None and not disk.network):
         raise CouldNotCheck("The system does not say what kind of disk the models are on.")
     return None
+
+
+def _slow_kind(hardware: Hardware) -> str:
+    """What the models lie on, where that is slow: a hard disk or a network drive; else nothing."""
+    disk = hardware.disks.get("models")
+    if disk is None:
+        return ""
+    return "a hard disk" if disk.rotational else "a network drive" if disk.network else ""
 
 
 def _slow(model: Model, why: str, fix: str, evidence: Evidence) -> Problem:

@@ -163,6 +163,8 @@ def make_pictures(
     output.heading(f"{way.model.name} with {way.backend.name} on {device}")
     if way.model.note:
         output.remark(way.model.note)
+    if way.candidate.faster:
+        output.remark(way.candidate.faster)
     with Bars() as bars:
         show = shown_on(bars, len(jobs))
         result = road.pictures(way, environment, where, hardware, jobs, outputs, show, executor, origins)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from PIL import Image
 from kleinctl import manifest
 from kleinctl.backends import Fit, Job
 from kleinctl.checks.job import job_problems
-from kleinctl.cli import steps
+from kleinctl.cli import options, steps
 from kleinctl.environment import Environment
 from kleinctl.facts.run import job_facts
-from kleinctl.hardware import Hardware
+from kleinctl.hardware import Hardware, imagine
 from kleinctl.planner import default_job
+from kleinctl.plugins import Plugins
 from kleinctl.problem import KleinctlError, Misuse, Problem
 from kleinctl.units import GIB, asked_size, nearest_size, parse_size
 from tests.conftest import REPOSITORY
@@ -167,16 +169,20 @@ def test_an_edit_with_a_diffusers_that_mixes_dtypes(managed, tmp_path):
 
 
 def test_a_picture_too_large_to_be_decoded():
-    problem = asked(width=4096, height=4096)["decode-memory"]
-    assert problem.what == "decoding 4096x4096 takes more VRAM than is free"
-    assert "the VAE's, needs 3" in problem.why and "can be used" in problem.why
+    problem = asked(hardware=imagine("GTX 1650", 8 * GIB, None), width=8192, height=8192)["decode-memory"]
+    assert problem.what == "decoding 8192x8192 takes more VRAM than is free"
+    assert "the VAE's, needs 3" in problem.why and "even in tiles" in problem.why and "can be used" in problem.why
     assert asked(width=1536, height=1536) == {}
+
+
+def test_a_card_of_4_gb_that_decodes_in_tiles_is_not_told_that_it_cannot():
+    assert asked(hardware=imagine("GTX 1650", 8 * GIB, None)) == {}
 
 
 def test_what_does_not_fit_says_which_stage_could_never(capsys):
     error = KleinctlError(Problem("klein-4b does not fit", "It needs more.", "kleinctl plan", name="does-not-fit"))
-    steps.show_misfit(error, KLEIN, CARD, {"width": 4096, "height": 4096})
-    assert "error[decode-memory]: decoding 4096x4096 takes more VRAM than is free" in capsys.readouterr().err
+    steps.show_misfit(error, KLEIN, imagine("GTX 1650", 8 * GIB, None), {"width": 8192, "height": 8192})
+    assert "error[decode-memory]: decoding 8192x8192 takes more VRAM than is free" in capsys.readouterr().err
     steps.show_misfit(error, KLEIN, CARD, {"width": 1024, "height": 1024})
     assert capsys.readouterr().err == ""
 
@@ -187,6 +193,17 @@ def test_a_plan_that_fills_memory_without_swap():
     assert problem.what == "memory (RAM) will be nearly full" and problem.severity == "warning"
     assert "there is no swap" in problem.why
     assert asked(fit=fit, hardware=replace(CARD, swap_bytes=GIB)) == {}
+
+
+@pytest.mark.parametrize("available", [12, 14])
+def test_the_hint_for_memory_that_is_nearly_full_helps_where_staged_decode_fills_it(available):
+    [staged] = [offer.thing for offer in Plugins().backends_for("staged-decode")]
+    full = replace(imagine("GTX 1650", 16 * GIB, None), ram_available_bytes=available * GIB, swap_bytes=0)
+    full = replace(full, ram_available_bytes=int(staged.fit(KLEIN, full, default_job(KLEIN)).ram_bytes / 0.95))
+    fix = asked(fit=staged.fit(KLEIN, full, default_job(KLEIN)), hardware=full)["memory-full"].fix
+    [limit] = re.findall(r"^--backend staged-decode --ram-limit (\S+) ", fix)
+    limited = options.limited(full, None, limit)
+    assert asked(fit=staged.fit(KLEIN, limited, default_job(KLEIN)), hardware=limited) == {}
 
 
 def test_the_rest_of_the_prompt_stays_out_of_the_facts():

@@ -300,6 +300,7 @@ def test_wsl_has_half_of_16_gb(good):
     hardware = replace(good, wsl=2, ram_bytes=8 * GB, swap_bytes=2 * GB)
     problem = problems(hardware, replace(HEALTHY, wslconfig=CONFIG))["wsl-memory"]
     assert problem.what == "WSL gives Linux only 8.0 GiB of RAM"
+    assert problem.why.endswith("there are 10.0 GiB. staged-decode runs with less, and slower.")
     assert problem.remedy is not None and (problem.remedy.action, problem.remedy.consent) == ("write-text", "ask")
     assert problem.remedy.arguments["text"].splitlines() == [
         "[wsl2]", "memory=12GB", "swap=16GB", "processors=4", "[experimental]", "x=1"

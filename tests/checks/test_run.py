@@ -151,6 +151,13 @@ def test_a_laptop_without_its_charger():
     assert "The card was held back by power." in problem.why
 
 
+def test_weights_that_are_read_from_a_hard_disk_in_every_step():
+    disk = Disk("/models", 10**12, 10**12, rotational=True)
+    problem = found(slow(), hardware=replace(CARD, disks={"models": disk}))["slow-run"]
+    assert "the models lie on a hard disk: what RAM has no room for is read from there again" in problem.why
+    assert "SSD" in problem.fix and "another program" not in problem.why
+
+
 def test_a_card_that_something_else_keeps_busy():
     assert "another program" in found(slow())["slow-run"].why
 
@@ -230,6 +237,7 @@ def test_a_disk_of_which_nothing_is_known_is_not_called_fast():
 def test_less_memory_than_weights():
     [(_, _, why)] = disks(replace(CARD, ram_bytes=8 * GIB))
     assert "16.0 GB of weights are more than the 8.0 GiB of memory" in why
+    assert why.endswith("; what the card has no room for either, each picture.")
     assert disks(replace(CARD, ram_bytes=0)) == []
 
 

@@ -141,3 +141,27 @@ def test_the_models_own_precision_can_be_named(name):
     hardware = imagine("RTX 4080", 64 * GIB)
     assert backend.fit(klein, hardware, replace(job, precision="bf16")) == backend.fit(klein, hardware, job)
     assert backend.fit(klein, hardware, replace(job, precision="fp32")).why_not.endswith("; fp32 was asked for.")
+
+
+def test_a_slow_disk_is_not_waited_for_twice_by_the_first_picture():
+    """What streams from the disk while the picture is made cannot be read before."""
+    backend, klein = Plugins(frozenset()).backend("staged-decode").thing, MODELS["klein-4b"]
+    before = []
+    for ram in (8 * GIB, 64 * GIB):
+        hardware, job = imagine("RTX 3050", ram), default_job(klein)
+        hardware = replace(hardware, rates=replace(hardware.rates, disk=0.5e9))
+        found = backend.fit(klein, hardware, job)
+        before.append(found.seconds_first - found.seconds_next)
+    host = imagine("RTX 3050", 8 * GIB).ram_available_bytes - memory.PROCESS_BYTES
+    assert before[1] - before[0] > (sum(holding.encoder_units(klein).values()) - host) / 0.5e9 > 2
+
+
+def test_fp8_reads_whole_files_for_what_it_holds_in_half_the_room():
+    """A file has the model's own precision: packing saves memory, and no reading."""
+    klein = MODELS["klein-4b"]
+    fp8 = task(klein)
+    fp8 = replace(fp8, job=replace(fp8.job, precision="fp8"))
+    plan = holding._plan(fp8, 8 * GIB, 0, "staged", "staged", tiles=False, slots=2)
+    read = sum(holding.encoder_units(klein).values()) + sum(holding.transformer_units(klein).values())
+    assert plan.disk_bytes == read
+    assert plan.seconds > read / memory.DISK_READ_RATE

@@ -62,7 +62,9 @@ def test_a_picture_that_was_denoised_ahead_outlives_a_full_card(session, words):
 
 
 def test_a_card_that_is_full_when_the_weights_come_back_costs_no_picture(session, monkeypatch):
+    session.ways, session._whole_room = ("resident",), 0  # whatever the decode does not need makes way for it
     wanted = session.generate(JOB, nothing)
+    assert all(unit.device is not None for name, unit in session.encoder.units.items() if name)
 
     def gone(*given: Any) -> None:
         raise RuntimeError("CUDA error: out of memory")

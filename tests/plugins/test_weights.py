@@ -112,3 +112,29 @@ def test_a_read_that_fails_on_its_way_to_a_card_waits_for_what_was_sent(tmp_path
     with pytest.raises(OSError, match="ends at 100 bytes"):
         reader._through_slots(path, 0, torch.empty(200, dtype=torch.uint8), event)
     assert events == ["sent", "waited"] and len(reader._slots) == 1
+
+
+def test_a_block_that_cannot_be_read_whole_is_waited_for_before_its_slot_goes(blocks):
+    """Else its other reads go on beside the picture that is tried next, and hold a slot that no plan knows of."""
+    from concurrent.futures import Future
+    from threading import Timer
+
+    import torch
+    from kleinctl_plugins.weights import Reader
+
+    class Parted(Reader):
+        """Reads a block in two parts: one fails, the other takes its time."""
+
+        def begin(self, *given: Any) -> list[Future[None]]:
+            failed, slow = Future[None](), Future[None]()
+            failed.set_exception(OSError(5, "Input/output error"))
+            Timer(0.1, slow.set_result, [None]).start()
+            begun.append(slow)
+            return [failed, slow]
+
+    component, _ = blocks
+    begun: list[Future[None]] = []
+    component.forget(list(component.units), Reader("cpu"))
+    with pytest.raises(OSError, match="Input/output error"), component.streaming(1, 1, Parted("cpu")):
+        component.module(torch.randn(2, 8))
+    assert [each.done() for each in begun] == [True]
