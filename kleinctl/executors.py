@@ -250,7 +250,11 @@ class ProcessWorker(WorkerHandle):
             return self._process.returncode is not None
         end = time.monotonic() + seconds
         while self._process.returncode is None:
-            if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            try:
+                if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                    return True
+            except ChildProcessError:  # another thread has waited for it just now
+                self._process.wait()
                 return True
             if time.monotonic() > end:
                 return False

@@ -239,6 +239,14 @@ def test_stopping_leaves_no_process_behind(stopped, tmp_path, monkeypatch):
     asking.join()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="zombies")
+def test_a_worker_that_another_thread_has_waited_for_can_be_stopped():
+    worker = ProcessExecutor().start(PYTHON, ECHO)
+    os.kill(worker._process.pid, signal.SIGKILL)
+    os.waitpid(worker._process.pid, 0)
+    worker.stop()
+
+
 CONTROL = """
 import threading
 from tests.test_worker import *
