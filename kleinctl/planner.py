@@ -169,18 +169,21 @@ def _on(
 
 def _faster(backend: Backend, model: Model, hardware: Hardware, job: Job, fit: Fit) -> str:
     """What would make pictures faster where RAM holds them up, each with the seconds it is predicted; else nothing."""
+    if not fit.fits:
+        return ""
     enough = fit.seconds_next * FASTER
     ample = backend.fit(model, replace(hardware, ram_available_bytes=AMPLE_BYTES), job)
-    if not fit.fits or ample.seconds_next > enough:
+    if ample.seconds_next > enough:
         return ""
     told = (
         "Weights that RAM has no room for are read again for each picture: "
         f"with {gib(ample.ram_bytes)} of RAM available (close programs, or more RAM) it would take "
         f"{seconds_text(ample.seconds_next)}"
     )
-    fits = {name: backend.fit(model, hardware, replace(job, precision=name)) for name in precisions(backend)}
+    names = () if job.precision else precisions(backend)
+    fits = {name: backend.fit(model, hardware, replace(job, precision=name)) for name in names}
     ways = [(each.seconds_next, name) for name, each in fits.items() if each.fits and each.seconds_next <= enough]
-    if ways and not job.precision:
+    if ways:
         seconds, name = min(ways)
         told += f"; `kleinctl run --precision {name}` takes {seconds_text(seconds)}, for nearly the same picture"
     return f"{told}."

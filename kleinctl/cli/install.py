@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kleinctl.cli import options, output
-from kleinctl.problem import OK, PROBLEMS, Misuse, Problem, shell
+from kleinctl.problem import OK, PROBLEMS, Misuse, Problem
 
 if TYPE_CHECKING:
     from kleinctl.comfyui.adopt import Adoption
@@ -317,20 +317,8 @@ def _confirm(question: str, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        why, fix = f"The question is: {question}", shell(*_typed(), "--yes")
-        raise Misuse(Problem("nobody is there to be asked", why, fix, name="usage"))
+        raise options.nobody_there(f"The question is: {question}")
     click.confirm(question, default=True, abort=True, err=True)
-
-
-def _typed() -> list[str]:
-    """The command and its options, as they were typed."""
-    from click.core import ParameterSource
-
-    ctx, words = click.get_current_context(), ["kleinctl", "install"]
-    for each in ctx.command.params:
-        if each.name and ctx.get_parameter_source(each.name) is ParameterSource.COMMANDLINE:
-            words += [each.opts[0]] if getattr(each, "is_flag", False) else [each.opts[0], str(ctx.params[each.name])]
-    return words
 
 
 def _build(plan: ComfyPlan, hardware: Hardware, requires: Sequence[str]) -> None:

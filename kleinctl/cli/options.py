@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from kleinctl.cli import output
+from kleinctl.problem import Misuse, Problem, shell
 
 if TYPE_CHECKING:
     from kleinctl.hardware import Hardware
@@ -68,6 +69,27 @@ def looked_at(folder: Path | None) -> None:
 
     if folder is not None and facts.read(folder) is None:
         output.remark(f"warning: {folder} is no ComfyUI: its main.py is not there; it counts as --folder")
+
+
+def nobody_there(why: str, fix: str = "") -> Misuse:
+    """The problem of a question that nobody can answer; without a `fix` of its own it is what was typed, with a yes."""
+    return Misuse(Problem("nobody is there to be asked", why, fix or shell(*_typed(), "--yes"), name="usage"))
+
+
+def _typed() -> list[str]:
+    """The command with its arguments and options, as they were typed."""
+    from click.core import ParameterSource
+
+    ctx = click.get_current_context()
+    words = ["kleinctl", ctx.command.name or ""]
+    for each in ctx.command.params:
+        if each.name and ctx.get_parameter_source(each.name) is ParameterSource.COMMANDLINE:
+            value = ctx.params[each.name]
+            if isinstance(each, click.Argument):
+                words += value if isinstance(value, tuple) else [str(value)]
+            else:
+                words += [each.opts[0]] if getattr(each, "is_flag", False) else [each.opts[0], str(value)]
+    return words
 
 
 def parsed_size(text: str | None, option: str = "--size") -> tuple[int | None, int | None]:

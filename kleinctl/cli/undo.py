@@ -11,7 +11,7 @@ import click
 from kleinctl.cli import options, output
 from kleinctl.cli.fix import shown
 from kleinctl.cli.progress import Bars
-from kleinctl.problem import OK, Misuse, Problem
+from kleinctl.problem import OK
 
 #: How many entries are shown.
 SHOWN = 20
@@ -57,8 +57,7 @@ def _ask(number: int, yes: bool) -> None:
     if yes:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        fix = f"kleinctl undo {number} --yes"
-        raise Misuse(Problem("nobody is there to be asked", "Undoing wants a yes.", fix, name="usage"))
+        raise options.nobody_there("Undoing wants a yes.", f"kleinctl undo {number} --yes")
     click.confirm("Undo it?", default=True, abort=True, err=True)
 
 

@@ -51,9 +51,7 @@ def command(
         why = "A model, --environments, --comfyui or --all is wanted."
         raise Misuse(Problem("nothing was named", why, "kleinctl models", name="usage"))
     if not yes and not sys.stdin.isatty():
-        given = {"--environments": environments, "--comfyui": comfyui, "--all": everything, "--yes": True}
-        fix = " ".join(["kleinctl uninstall", *models, *(option for option, is_given in given.items() if is_given)])
-        raise Misuse(Problem("nobody is there to be asked", "Taking files away wants a yes.", fix, name="usage"))
+        raise options.nobody_there("Taking files away wants a yes.")
     if not yes:
         has_comfyui = known() is not None or bool(checkout.programs())
         also = {

@@ -122,9 +122,8 @@ class Stopwatch:
         changed = stage != self.stage
         if changed:
             if self.stage:
-                self.stop(
-                    wait=stage != "save"
-                )  # a picture that is saved is on the host; what comes back goes on coming
+                # A picture that is saved is on the host; what comes back for the next goes on coming.
+                self.stop(wait=stage != "save")
             self.stage = stage
         now = time.monotonic()
         if changed or done >= total or now - self._sent >= PROGRESS_SECONDS:
@@ -239,7 +238,7 @@ class Worker:
             "strategy": self._session.strategy,
             "dtype": getattr(self._session, "dtype", self._loaded.dtype),
             "device": self._loaded.device,
-            "versions": versions(self._session),
+            "versions": {**self._loaded.versions, **getattr(self._session, "versions", {})},
             "warnings": [*self._loaded.warnings, *warnings],
         }
         self._line.partial = request.partial
