@@ -33,6 +33,18 @@ def plain(value: Any) -> Any:
     return value
 
 
+def start_of(path: Path, most: int) -> bytes:
+    """The first `most` bytes of a small file of another program's.
+
+    Raises:
+        OSError: it cannot be read, or is no file: a pipe would keep us waiting.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    with path.open("rb") as file:
+        return file.read(most)
+
+
 Fact = TypeVar("Fact")
 
 

@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kleinctl import documents
 from kleinctl.home import envs_folder
 from kleinctl.problem import Evidence, KleinctlError, Misuse, Problem, Remedy, did_you_mean
 from kleinctl.units import bytes_text
@@ -213,8 +214,7 @@ def import_folders(python: Path) -> list[str]:
 def _text(path: Path) -> str:
     """The beginning of a small file; empty where there is none."""
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            return file.read(MAX_METADATA)
+        return documents.start_of(path, MAX_METADATA).decode("utf-8", "replace")
     except OSError:
         return ""
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kleinctl import documents
 from kleinctl.comfyui import record
 from kleinctl.facts import comfyui as facts
 from kleinctl.problem import KleinctlError, Misuse, Problem
@@ -171,8 +172,7 @@ def _library() -> Path | None:
 def _setting(file: Path, key: str) -> str | None:
     """A text out of another program's JSON settings; None where there is no such thing."""
     try:
-        with file.open("rb") as opened:
-            value = json.loads(opened.read(MAX_SETTINGS).removeprefix(b"\xef\xbb\xbf")).get(key)
+        value = json.loads(documents.start_of(file, MAX_SETTINGS).removeprefix(b"\xef\xbb\xbf")).get(key)
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return value if isinstance(value, str) and value.isprintable() else None

@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kleinctl import documents
+
 if TYPE_CHECKING:
     from kleinctl.environment import Environment
 
@@ -610,10 +612,7 @@ def _scalar(node: Any, about: str) -> str:
 def _text(path: Path, most: int = MAX_SMALL) -> str:
     """The start of a text file; empty where it cannot be read."""
     try:
-        if not path.is_file():  # a pipe would keep us waiting
-            return ""
-        with path.open("rb") as file:
-            return file.read(most).decode("utf-8", "replace").removeprefix("\ufeff")
+        return documents.start_of(path, most).decode("utf-8", "replace").removeprefix("\ufeff")
     except OSError:
         return ""
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kleinctl import documents
 from kleinctl.facts import hub_cache
 from kleinctl.identify import Identity, LfsPointer, identify
 from kleinctl.units import MIB
@@ -409,8 +410,6 @@ def _missing(folder: Path, component: str) -> Iterator[str]:
 def _json(path: Path) -> dict[str, Any]:
     """An object in a small JSON file; empty where there is none."""
     with suppress(OSError, ValueError, RecursionError):
-        if path.is_file():  # a pipe would keep us waiting
-            with path.open("rb") as file:
-                found = json.loads(file.read(MAX_JSON))
-                return found if isinstance(found, dict) else {}
+        found = json.loads(documents.start_of(path, MAX_JSON))
+        return found if isinstance(found, dict) else {}
     return {}
