@@ -22,7 +22,7 @@ from kleinctl.plugins import Plugins
 from kleinctl.problem import KleinctlError, Misuse
 from kleinctl.road import Way
 from kleinctl.units import GIB
-from kleinctl.worker.chart import most
+from kleinctl.worker.chart import most, panels
 from tests.comfyui_double import Double
 from tests.test_cli import conforms
 
@@ -252,6 +252,13 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(optio
 def test_a_prediction_longer_than_its_bar_is_on_the_chart():
     assert most([[0.2, 0.4], [0.2, 0.3]]) == 0.4
     assert most([[0.2, 40.0]]) == pytest.approx(0.6), "but leaves something of the bar"
+
+
+def test_budgets_asked_for_in_any_order_stand_by_size_on_the_chart():
+    asked_for = [(1024, None), (512, None), (1024, 4 * GIB), (512, 4 * GIB), (1024, 16 * GIB), (512, 16 * GIB)]
+    drawn = panels([{"width": side, "height": side, "free_bytes": free} for side, free in asked_for])
+    assert list(drawn) == [(512, 512), (1024, 1024)]
+    assert [[line["free_bytes"] for line in lines] for lines in drawn.values()] == [[None, 16 * GIB, 4 * GIB]] * 2
 
 
 def test_a_chart_of_lines_that_failed_and_lines_that_did_not(tmp_path, klein):

@@ -142,7 +142,7 @@ def _asked(
     return bench.Asked(
         plugins=plugins,
         model=way.model,
-        backends=tuple(backends) or (None,),
+        backends=tuple(plugins.backend(name).thing.name for name in backends) or (None,),
         sizes=tuple((width or own.width, height or own.height) for width, height in wanted)
         or ((own.width, own.height),),
         free=tuple(amounts) or (None,),

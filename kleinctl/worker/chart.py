@@ -5,6 +5,7 @@ was predicted, and the model card's path is grey.
 """
 
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -30,9 +31,7 @@ def main(source: str, target: str) -> None:
 
 def draw(document: dict) -> Image.Image:
     """The chart as a picture."""
-    groups: dict = {}
-    for line in document["lines"]:
-        groups.setdefault((line["width"], line["height"]), []).append(line)
+    groups = panels(document["lines"])
     rows = sum(len(lines) for lines in groups.values())
     height = 2 * MARGIN + 92 * SCALE + len(groups) * 44 * SCALE + rows * ROW + 34 * SCALE
     picture = Image.new("RGB", (WIDTH, height), PAPER)
@@ -48,6 +47,14 @@ def draw(document: dict) -> Image.Image:
         top = panel(pen, top, f"{width} x {tall}", lines)
     legend(pen, top + 8 * SCALE, document["lines"])
     return picture
+
+
+def panels(lines: list) -> dict:
+    """The lines of each size, small sizes and large budgets first, in whatever order they were measured."""
+    groups: dict = {}
+    for line in sorted(lines, key=lambda line: (line["width"] * line["height"], -(line["free_bytes"] or math.inf))):
+        groups.setdefault((line["width"], line["height"]), []).append(line)
+    return groups
 
 
 def panel(pen: ImageDraw.ImageDraw, top: int, title: str, lines: list) -> int:
