@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kleinctl.problem import KleinctlError, Misuse, Problem, did_you_mean
+from kleinctl.units import bytes_text
 
 SCHEMA = "kleinctl.manifest/1"
 ROLES = ("transformer", "text-encoder", "vae", "tokenizer", "scheduler", "config", "licence")
@@ -204,6 +205,11 @@ class Model:
     def bytes(self, layout: str, precision: str | None = None) -> int:
         """What the layout takes on disk, in bytes, as far as sizes are known."""
         return sum(part.size or 0 for part in self.parts_for(layout, precision))
+
+    def size_text(self, layout: str) -> str:
+        """What the layout takes on disk: `16.0 GB`, or `over 16.6 GB` where not every size is known."""
+        over = "over " if any(part.size is None for part in self.parts_for(layout)) else ""
+        return f"{over}{bytes_text(self.bytes(layout))}"
 
     @property
     def is_packaged(self) -> bool:

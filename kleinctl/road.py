@@ -15,7 +15,6 @@ from kleinctl.backends import Budget, Job
 from kleinctl.environment import Environment
 from kleinctl.planner import Candidate, absent, choose, compare, default_job, precisions
 from kleinctl.problem import KleinctlError, Misuse, Problem, did_you_mean
-from kleinctl.units import bytes_text
 
 if TYPE_CHECKING:
     from kleinctl.hardware import Hardware
@@ -271,7 +270,7 @@ def executor(plugins: Plugins, name: str | None) -> Any:
 
 def not_installed(way: Way) -> KleinctlError:
     """The problem of a model that is asked to run and is not here."""
-    size = bytes_text(way.model.bytes(way.backend.layout))
+    size = way.model.size_text(way.backend.layout)
     folder = store.model_folder(way.model.name, way.backend.layout)
     return KleinctlError(
         Problem(

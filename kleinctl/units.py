@@ -29,14 +29,17 @@ _FACTORS = {
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """`12GiB`, `12 GB`, `12.5g` or a plain number, in bytes. `option` is what it was given for, as in `--vram-limit`.
+    """`12GiB`, `12 GB`, `12.5g` or a bare number, in bytes. `option` is what it was given for, as in `--vram-limit`.
+
+    A bare number under a million is GiB, since nobody means 12 bytes by `--vram-limit 12`; a larger one is bytes.
 
     Raises:
         Misuse: `text` is no amount of memory.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match and len(match[1]) < 20 and match[2].lower() in _FACTORS:
-        return int(float(match[1]) * _FACTORS[match[2].lower()])
+        number, unit = float(match[1]), match[2].lower()
+        return int(number * (_FACTORS[unit] if unit or number >= 10**6 else GIB))
     what = f"{option} {text[:40]!r} is no amount of memory"
     raise Misuse(Problem(what, "A number and a unit are wanted.", f"{option} 12GiB", name="usage"))
 

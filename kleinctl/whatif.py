@@ -62,9 +62,7 @@ def _cards(facts: Facts, change: Callable[[Gpu], Gpu]) -> Facts:
 
 
 def _amount(name: str, value: str) -> int:
-    """Bytes. A small number alone is no amount of memory, but one whose unit was forgotten."""
-    if re.fullmatch(r"[1-9]\d{0,5}", value, re.ASCII):
-        raise _impossible(f"{name}={value} would be {value} bytes", "A unit is wanted: GiB, GB.", f"{name}={value}GiB")
+    """Bytes."""
     with suppress(OverflowError):
         try:
             amount = parse_bytes(value, name)

@@ -12,7 +12,17 @@ from kleinctl.units import bytes_text, gib, parse_bytes, parse_size, seconds_tex
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("12GiB", 12 * 2**30), ("12 GB", 12 * 10**9), ("1.5g", 3 * 2**29), ("512", 512), ("2MiB", 2**21), ("7kb", 7000)],
+    [
+        ("12GiB", 12 * 2**30),
+        ("12 GB", 12 * 10**9),
+        ("1.5g", 3 * 2**29),
+        ("2MiB", 2**21),
+        ("7kb", 7000),
+        ("12", 12 * 2**30),
+        ("7.5", 15 * 2**29),
+        ("8589934592", 8 * 2**30),
+        ("512b", 512),
+    ],
 )
 def test_amounts_of_memory(text, count):
     assert parse_bytes(text, "--free") == count

@@ -48,7 +48,7 @@ class Listed(click.Command):
 @options.model
 @click.option("--backend", "backends", multiple=True, metavar="NAME...", help="Backends; by default the one chosen.")
 @click.option("--sizes", multiple=True, metavar="WxH...", help="Sizes in pixels; by default the model's own.")
-@click.option("--free", multiple=True, metavar="BYTES...", help="VRAM to leave free; a bare number is GiB.")
+@click.option("--free", multiple=True, metavar="BYTES...", help="VRAM to leave free, as in 12GiB, or 12.")
 @click.option("--runs", type=click.IntRange(1, 100), default=5, help="New prompts that count.  [default: 5]")
 @click.option("--against", type=click.Choice(["diffusers", "comfyui"]), help="Another program to compare with.")
 @click.option("--url", default="http://127.0.0.1:8188", help="The ComfyUI server, on this machine.")
@@ -138,7 +138,7 @@ def _asked(
             raise Misuse(error.problem) from None
     wanted = [nearest_size(size, "--sizes")[:2] for size in sizes]
     own = way.model.defaults
-    amounts = [parse_bytes(f"{text} GiB" if text.strip()[-1:].isdecimal() else text, "--free") for text in free]
+    amounts = [parse_bytes(text, "--free") for text in free]
     return bench.Asked(
         plugins=plugins,
         model=way.model,
@@ -273,7 +273,7 @@ def check_files(files: Mapping[str, Path | None]) -> None:
     """
     for option, path in files.items():
         if path is not None:
-            probe = path.with_name(f".{path.name}.partial")
+            probe = _partial(path)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 probe.write_bytes(b"")
@@ -284,15 +284,20 @@ def check_files(files: Mapping[str, Path | None]) -> None:
 
 def written(path: Path, document: dict[str, Any]) -> None:
     """Write the document, in place of the last one: a run that is killed leaves what it has."""
-    partial = path.with_name(f".{path.name}.partial")
+    unfinished = _partial(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(path)
+        unfinished.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        unfinished.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
         raise Misuse(_unwritable(path, error)) from None
+
+
+def _partial(path: Path) -> Path:
+    """Where a file is written before it takes its place."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def _unwritable(path: Path, error: OSError, option: str = "-o") -> Problem:

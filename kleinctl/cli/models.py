@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from kleinctl.cli import options, output
 from kleinctl.problem import OK
 
-if TYPE_CHECKING:
-    from kleinctl.manifest import Model
-
 #: Columns of a terminal that has room for what a job is made with; names come first.
-WIDE = 76
+WIDE = 110
 
 
 @click.command("models", short_help="The models kleinctl knows, and what of them is here.")
@@ -63,17 +60,9 @@ def command(as_json: bool) -> int:
         )
         licence = f"{row['licence']}{', gated' if row['gated'] else ''}"
         job = (row["steps"], row["guidance"]) if wide else ()
-        size = size_text(plugins.models[row["model"]], row["layout"])
+        size = plugins.models[row["model"]].size_text(row["layout"])
         cells = (row["model"], row["layout"], size, here, *job, licence)
         table.add_row(*map(str, cells))
     output.console().print(table)
     output.show_problems(plugins.problems)
     return OK
-
-
-def size_text(model: Model, layout: str) -> str:
-    """What the files of a layout take on disk: `16.0 GB`, or `over 16.6 GB` where not every size is known."""
-    from kleinctl.units import bytes_text
-
-    over = "over " if any(part.size is None for part in model.parts_for(layout)) else ""
-    return f"{over}{bytes_text(model.bytes(layout))}"

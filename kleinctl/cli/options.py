@@ -31,8 +31,8 @@ size = click.option("--size", metavar="WxH", help="Width and height in pixels; t
 steps = click.option("--steps", type=click.IntRange(1, 200), help="Denoising steps.")
 guidance = click.option("--guidance", type=click.FloatRange(0, 30), help="Guidance scale (base models).")
 precision = click.option("--precision", metavar="NAME", help="Hold weights so, as in fp8, where the backend can.")
-vram_limit = click.option("--vram-limit", metavar="BYTES", help="Use no more VRAM than this, as in 12GiB.")
-ram_limit = click.option("--ram-limit", metavar="BYTES", help="Use no more RAM than this, as in 16GiB.")
+vram_limit = click.option("--vram-limit", metavar="BYTES", help="Use no more VRAM than this, as in 12GiB, or 12.")
+ram_limit = click.option("--ram-limit", metavar="BYTES", help="Use no more RAM than this, as in 16GiB, or 16.")
 yes = click.option("--yes", "-y", is_flag=True, help="Answer every question with yes.")
 as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 comfyui = click.option(

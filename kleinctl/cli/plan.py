@@ -25,7 +25,7 @@ SIDES = (512, 1024, 1536, 2048)
 
 @click.command("plan", short_help="Predicted VRAM, RAM, disk and seconds for every backend.")
 @click.option("--gpu", metavar="NAME", help='Answer for this card instead, as in "RTX 4070 Ti SUPER"; "none" for none.')
-@click.option("--ram", metavar="BYTES", help="Answer for this much RAM; a bare number is GiB.")
+@click.option("--ram", metavar="BYTES", help="Answer for this much RAM, as in 16GiB, or 16.")
 @options.together(options.model, options.backend, options.size, options.vram_limit, options.ram_limit, options.as_json)
 @click.option("-v", "--verbose", is_flag=True, help="Draw the stages of every backend, not of the chosen one alone.")
 def command(
@@ -108,7 +108,7 @@ def elsewhere(gpu: str | None, ram: str | None) -> Hardware:
     from kleinctl.hardware import imagine
     from kleinctl.units import parse_bytes
 
-    amount = None if ram is None else parse_bytes(f"{ram} GiB" if ram.strip()[-1:].isdecimal() else ram, "--ram")
+    amount = None if ram is None else parse_bytes(ram, "--ram")
     none = gpu is not None and gpu.lower() == "none"
     described = gpu is not None and ram is not None
     hardware = imagine(None if none else gpu, amount, None if described else options.this_machine())
@@ -118,7 +118,6 @@ def elsewhere(gpu: str | None, ram: str | None) -> Hardware:
 
 def show(plugins: Plugins, hardware: Hardware, rows: list[Row], why: str) -> None:
     """A table for each model: what each backend would take at each size. A model that wants a card has none without."""
-    from kleinctl.cli.models import size_text
     from kleinctl.units import gib
 
     card = hardware.gpu
@@ -127,7 +126,7 @@ def show(plugins: Plugins, hardware: Hardware, rows: list[Row], why: str) -> Non
     for model in dict.fromkeys(row.of.model for row in rows):
         own = [row for row in rows if row.of.model == model]
         layout = plugins.backends[own[0].of.backend].thing.layout
-        head = f"\n{model}, {size_text(plugins.models[model], layout)} on disk"
+        head = f"\n{model}, {plugins.models[model].size_text(layout)} on disk"
         if card is None and not any(row.of.runs or row.of.device == "cpu" for row in own):
             say(f"{head}: nothing runs it without an NVIDIA card")
             continue

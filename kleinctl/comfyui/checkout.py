@@ -17,7 +17,7 @@ from typing import Any
 from kleinctl import store
 from kleinctl.comfyui import record
 from kleinctl.home import offline
-from kleinctl.problem import KleinctlError, Problem, did_you_mean
+from kleinctl.problem import KleinctlError, Problem, did_you_mean, shell
 
 Say = Callable[[str], None]
 #: A commit as git writes it in full.
@@ -94,7 +94,7 @@ def _cannot_be_had(address: str, why: str) -> KleinctlError:
     from kleinctl.fixes import git
 
     shown = git.without_user(address)
-    fix = f'git ls-remote "{shown}"   # shows whether it answers; --comfyui-url names another'
+    fix = f"{shell('git', 'ls-remote', shown)}   # shows whether it answers; --comfyui-url names another"
     return _problem(f"ComfyUI cannot be had from {shown}", why, fix, "git-failed")
 
 

@@ -519,7 +519,7 @@ def test_a_repository_that_does_not_answer_is_named_and_no_folder_that_is_gone(r
     for ref in ("v0.29.0", "master"):
         problem = problem_of(lambda ref=ref: have(ref, tmp_path / "nowhere"))
         assert problem.name == "git-failed" and problem.what == f"ComfyUI cannot be had from {tmp_path / 'nowhere'}"
-        assert problem.fix.startswith(f'git ls-remote "{tmp_path / "nowhere"}"') and problem.path is None
+        assert problem.fix.startswith(f"git ls-remote {tmp_path / 'nowhere'} ") and problem.path is None
 
 
 def test_a_folder_that_is_no_repository_is_told_before_anything_is_planned(repository, tmp_path):
