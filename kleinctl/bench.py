@@ -598,7 +598,7 @@ def calibrate(way: Way, environment: Environment, hardware: Hardware, on_progres
         )
     assert isinstance(reply, Calibrated)
     return replace(
-        reply.rates,
+        replace(reply.rates, encode=None, forward=(), decode=()) if gpu and too_small(way.model) else reply.rates,
         card=gpu.name if gpu else "",
         driver=(gpu.driver or "") if gpu else "",
         cpu=hardware.cpu,
@@ -606,6 +606,11 @@ def calibrate(way: Way, environment: Environment, hardware: Hardware, on_progres
         date=datetime.now(timezone.utc).date().isoformat(),
         start_seconds=started + (reply.rates.start_seconds or 0.0),
     )
+
+
+def too_small(model: Model) -> bool:
+    """Whether a model, one that needs no card, keeps a card too little busy to show how fast larger ones would be."""
+    return "cpu" in model.devices
 
 
 # The document and its chart

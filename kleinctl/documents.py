@@ -5,6 +5,7 @@ What is read comes from strangers, so sizes are bounded and characters that a te
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -16,6 +17,8 @@ from kleinctl.problem import KleinctlError, Problem
 
 #: Bounds of what is read.
 MAX_TEXT, MAX_ITEMS, MAX_NUMBER = 2000, 4096, 2**63
+#: How a path begins that was recorded on Windows; elsewhere its parts could not be told apart by its own separator.
+_OF_WINDOWS = re.compile(r"(?:[A-Za-z]:|~)?\\")
 
 
 def plain(value: Any) -> Any:
@@ -100,7 +103,8 @@ def _read_fact(kind: Any, value: Any, where: str) -> Any:
 
 def _read_scalar(kind: type, value: Any, where: str) -> Any:
     if kind is Path:
-        return Path(read(str, value, where))
+        text = read(str, value, where)
+        return Path(text.replace("\\", "/") if _OF_WINDOWS.match(text) else text)
     if kind is float and type(value) in (int, float) and abs(value) < MAX_NUMBER:
         return float(value)
     exactly = type(value) is kind and kind is not float  # True is no number here, and no float is endless

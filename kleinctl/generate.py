@@ -371,7 +371,8 @@ class Painter:
             KleinctlError: it failed; the next job may succeed.
             WorkerDied: it failed and took the worker along; the next job gets another.
         """
-        check_jobs([job])  # a reference may have gone since the run began
+        check_jobs([job])  # a reference may have gone since the run began,
+        prepare_outputs([job], [output])  # or the disk is full now: that shows before it is painted
         wanted, path = self._request, output.path.absolute()
         first = None if output.replaces else _first_name(job, path)
         self._partial = path.with_name(f".{path.name[:100]}.{os.getpid()}.partial")

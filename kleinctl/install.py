@@ -133,13 +133,13 @@ def plan_files(
 
 
 def here(model: Model, layout: str) -> str | None:
-    """The precision whose parts all lie in their places; None where none does."""
-    for precision in model.precisions(layout):
-        places = (
-            (store.destination(model.name, layout, part), part.size) for part in model.parts_for(layout, precision)
-        )
-        if all(place.is_file() and size in (None, place.stat().st_size) for place, size in places):
-            return precision
+    """The precision whose parts all lie in their places, or else one of which only shared ones do not; else None."""
+    for shared in (True, False):
+        for precision in model.precisions(layout):
+            parts = [part for part in model.parts_for(layout, precision) if shared or part.precision]
+            places = ((store.destination(model.name, layout, part), part.size) for part in parts)
+            if all(place.is_file() and size in (None, place.stat().st_size) for place, size in places):
+                return precision
     return None
 
 
@@ -205,7 +205,12 @@ def _problems(model: Model, steps: Sequence[Step], allow_unverified: bool) -> It
 
 
 def _disk_problems(steps: Sequence[Step]) -> Iterator[Problem]:
-    """No room, or files too large for the file system. What is fetched is written to `downloads/`, then renamed."""
+    """No folder, no room, or files too large for the file system. What is fetched goes to `downloads/`, then moves."""
+    written = [step.target.parent for step in steps if step.action != "present"]
+    blocked = next((problem for problem in map(store.no_folder, written) if problem), None)
+    if blocked:
+        yield blocked
+        return
     need: Counter[int] = Counter()
     places: dict[int, Path] = {}
     for step in steps:
@@ -386,10 +391,10 @@ def uninstall(model: Model, progress: Progress = lambda event: None) -> Removed:
                     path.unlink()
                 removed.append(path)
                 freed += facts.st_size if facts.st_nlink == 1 else 0
-        stamps.prune()
         for part in model.parts:
             freed += fetch.arrived_bytes(part)
             fetch.discard_partial(part)
+        stamps.prune()  # which writes, and wants the room that was made
         left = tuple(_remove_empty(folder))
     return Removed(tuple(removed), freed, left)
 

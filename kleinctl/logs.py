@@ -94,8 +94,13 @@ class LogPattern:
 
     def explain(self, sighting: Sighting) -> Problem | None:
         """The problem that `sighting` proves, with the pattern's name if it has none."""
-        problem = self.problem(sighting) if callable(self.problem) else self.problem
-        return problem and replace(problem, name=problem.name or self.name)
+        try:
+            problem = self.problem(sighting) if callable(self.problem) else self.problem
+            return problem and replace(problem, name=problem.name or self.name)
+        except Exception as error:  # a stranger's pattern must not keep the others from being tried
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            what = f"the log pattern {self.name} failed"
+            return Problem(what, why, "kleinctl plugins", name="plugin-failed", severity="warning")
 
 
 @dataclass(frozen=True)

@@ -206,10 +206,10 @@ class Model:
         """What the layout takes on disk, in bytes, as far as sizes are known."""
         return sum(part.size or 0 for part in self.parts_for(layout, precision))
 
-    def size_text(self, layout: str) -> str:
+    def size_text(self, layout: str, precision: str | None = None) -> str:
         """What the layout takes on disk: `16.0 GB`, or `over 16.6 GB` where not every size is known."""
-        over = "over " if any(part.size is None for part in self.parts_for(layout)) else ""
-        return f"{over}{bytes_text(self.bytes(layout))}"
+        over = "over " if any(part.size is None for part in self.parts_for(layout, precision)) else ""
+        return f"{over}{bytes_text(self.bytes(layout, precision))}"
 
     @property
     def is_packaged(self) -> bool:

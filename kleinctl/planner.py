@@ -119,8 +119,18 @@ def compare(
 
 def absent(backend: Backend) -> Problem | None:
     """What a backend needs of this machine beside hardware and packages, and is not there; most need nothing."""
-    found: Problem | None = backend.absent() if hasattr(backend, "absent") else None
-    return found
+    return _answer(backend.absent(), Problem, "absent()") if hasattr(backend, "absent") else None
+
+
+def _answer(value: Any, wanted: type, method: str) -> Any:
+    """What a backend's method returned, which a stranger may have written: one that is wanted, or None.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if value is not None and not isinstance(value, wanted):
+        raise TypeError(f"its {method} returned {type(value).__name__}, and not {wanted.__name__}")
+    return value
 
 
 def _looked_for(backend: Backend, candidate: Candidate, *, here: bool) -> Candidate:
@@ -158,7 +168,7 @@ def _on(
     backend: Backend, model: Model, hardware: Hardware, job: Job, environment: Environment | None, device: str
 ) -> Candidate:
     fit = backend.fit(model, hardware, job)
-    problem = backend.health(hardware, environment)
+    problem = _answer(backend.health(hardware, environment), Problem, "health()")
     if problem is None and environment is None and (device == "cpu" or hardware.gpu is not None):
         try:
             environments.torch_build(hardware, cuda=device != "cpu")

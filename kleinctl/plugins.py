@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,14 +14,24 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
+from kleinctl import atomic
 from kleinctl.backends import API_VERSION
 from kleinctl.home import disabled_file, manifests_folder
-from kleinctl.problem import KleinctlError, Misuse, Problem, did_you_mean
+from kleinctl.problem import KleinctlError, Misuse, Problem, did_you_mean, shell
 
 if TYPE_CHECKING:
+    from kleinctl.logs import LogPattern
     from kleinctl.manifest import Model
 
 GROUP = "kleinctl"
+#: Hooks beside those of backends and models.
+OTHER_HOOKS = (
+    "kleinctl_checks",
+    "kleinctl_signatures",
+    "kleinctl_log_patterns",
+    "kleinctl_problem_pages",
+    "kleinctl_executors",
+)
 
 #: Marks a function of a plugin as the implementation of the hook of that name.
 hookimpl = pluggy.HookimplMarker("kleinctl")
@@ -69,8 +80,9 @@ class Plugins:
         for name in sorted(self.disabled - set(self._entries)):
             known = ", ".join(self._entries)
             why = f"Installed are {known}.{did_you_mean(name, self._entries)}"
+            fix = shell("kleinctl", "plugins", "--enable", name) if name in switched_off() else "kleinctl plugins"
             self.problems.append(
-                Problem(f"there is no plugin {name} to disable", why, "kleinctl plugins", "unknown-plugin", "warning")
+                Problem(f"there is no plugin {name} to disable", why, fix, "unknown-plugin", "warning")
             )
         while True:
             try:
@@ -120,7 +132,7 @@ class Plugins:
         problem = Problem(
             f"plugin {name} {what}",
             why,
-            f"kleinctl plugins --disable {name}",
+            shell("kleinctl", "plugins", "--disable", name),
             name="plugin-failed",
             severity="warning",
         )
@@ -136,25 +148,31 @@ class Plugins:
         for implementation in getattr(self.manager.hook, hook).get_hookimpls():
             name = implementation.plugin_name
             try:
-                things = list(implementation.function())
-            except Exception as error:
+                things = _listed(implementation.function())
+                wrong = next(filter(None, (_unfit(hook, thing) for thing in things)), None)
+                labels = [_label(thing) for thing in things]
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # SystemExit too
                 self._fail(name, f"failed in {hook}", _in_words(error))
+                continue
+            if wrong:
+                self._fail(name, f"offers something in {hook} that cannot be used", wrong)
                 continue
             module = implementation.plugin.__name__ if isinstance(implementation.plugin, ModuleType) else ""
             found += [Offer(thing, name, module) for thing in things]
-            self._entries[name].offers[hook] = [_label(thing) for thing in things]
+            self._entries[name].offers[hook] = labels
         self._answers[hook] = found
         return found
 
     @cached_property
     def backends(self) -> dict[str, Offer]:
         """Backends by name; of two with one name the first stays."""
-        from kleinctl.backends import Backend
-
         found: dict[str, Offer] = {}
         for offer in self.offers("kleinctl_backends"):
-            if not isinstance(offer.thing, Backend):
-                self._fail(offer.plugin, "offers something that is no backend", _lacks(offer.thing))
+            wrong = _no_backend(offer.thing)
+            if wrong:
+                self._fail(offer.plugin, "offers something that is no backend", wrong)
                 continue
             names = (offer.thing.name, *offer.thing.aliases)
             taken = next((n for n in names for o in found.values() if n in (o.thing.name, *o.thing.aliases)), None)
@@ -250,7 +268,7 @@ class Plugins:
     def overview(self) -> list[Plugin]:
         """Every plugin with all it offers, for `kleinctl plugins`."""
         _ = self.backends, self.models
-        for hook in ("kleinctl_checks", "kleinctl_signatures", "kleinctl_log_patterns", "kleinctl_executors"):
+        for hook in OTHER_HOOKS:
             self.offers(hook)
         return list(self._entries.values())
 
@@ -258,23 +276,25 @@ class Plugins:
 def disabled_names() -> frozenset[str]:
     """Plugins that are off: in the file that `kleinctl plugins --disable` writes, and in `KLEINCTL_DISABLE`."""
     named = os.environ.get("KLEINCTL_DISABLE", "").split(",")
-    return _switched_off() | {name.strip() for name in named if name.strip()}
+    return switched_off() | {name.strip() for name in named if name.strip()}
 
 
-def _switched_off() -> frozenset[str]:
+def switched_off() -> frozenset[str]:
+    """The plugins that `kleinctl plugins --disable` switched off, installed or not."""
     with contextlib.suppress(OSError):
-        return frozenset(disabled_file().read_text(encoding="utf-8").split())
+        text = disabled_file().read_text(encoding="utf-8-sig", errors="replace")
+        return frozenset(name.strip() for name in text.splitlines() if name.strip())
     return frozenset()
 
 
 def switch(name: str, on: bool) -> None:
     """Switch a plugin on or off for every later command."""
-    names = (_switched_off() - {name}) if on else (_switched_off() | {name})
+    names = (switched_off() - {name}) if on else (switched_off() | {name})
     from kleinctl.store import make_folder, writing
 
     make_folder(disabled_file().parent)
     with writing(disabled_file()):
-        disabled_file().write_text("".join(f"{each}\n" for each in sorted(names)), encoding="utf-8")
+        atomic.write_text(disabled_file(), "".join(f"{each}\n" for each in sorted(names)))
 
 
 def _ours_first(entry: importlib.metadata.EntryPoint) -> tuple[bool, str]:
@@ -286,9 +306,79 @@ def _in_words(error: BaseException) -> str:
 
 
 def _label(thing: Any) -> str:
-    return thing.stem if isinstance(thing, Path) else str(getattr(thing, "name", thing))
+    return thing.stem if isinstance(thing, Path) else str(getattr(thing, "name", getattr(thing, "family", thing)))
 
 
-def _lacks(thing: Any) -> str:
-    wanted = ("name", "aliases", "requires", "layout", "fit", "health", "load")
-    return f"{type(thing).__name__} lacks {', '.join(name for name in wanted if not hasattr(thing, name))}."
+def _listed(answer: Any) -> list[Any]:
+    """What a hook answered, as a list. Letters of a word are none, and an answer that was forgotten is told as that."""
+    if answer is None or isinstance(answer, str | bytes):
+        raise TypeError(f"it returned {answer!r}, and a list is wanted")
+    return list(answer)
+
+
+def _unfit(hook: str, thing: Any) -> str | None:
+    """Why a thing that was offered in `hook` cannot be used, in a sentence; what backends are is looked at apart."""
+    if hook in ("kleinctl_manifests", "kleinctl_problem_pages") and not isinstance(thing, Path):
+        return _wanted("a pathlib.Path", thing)
+    if hook == "kleinctl_problem_pages":
+        return _unfit_page(thing)
+    if hook == "kleinctl_checks":
+        from kleinctl.checks import Check
+
+        return None if isinstance(thing, Check) else _wanted('a function with @check("a-name") above it', thing)
+    if hook == "kleinctl_signatures":
+        from kleinctl.identify import Signature
+
+        return None if isinstance(thing, Signature) else _wanted("a Signature", thing)
+    if hook == "kleinctl_log_patterns":
+        from kleinctl.logs import LogPattern
+
+        return _unfit_pattern(thing) if isinstance(thing, LogPattern) else _wanted("a LogPattern", thing)
+    if hook == "kleinctl_executors" and not isinstance(getattr(thing, "name", None), str):
+        return _wanted("an executor with a name", thing)
+    return None
+
+
+def _unfit_page(path: Path) -> str | None:
+    from kleinctl.explain import read
+
+    try:
+        read(path)
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}."
+    except ValueError as error:
+        return f"{path}: {error}."
+    return None
+
+
+def _unfit_pattern(pattern: LogPattern) -> str | None:
+    try:
+        re.compile(pattern.regex.replace(" ", r"\s+"))  # as it is searched for
+    except re.error as error:
+        return f"{pattern.name} is no regular expression: {error}."
+    return None
+
+
+def _wanted(what: str, thing: Any) -> str:
+    return f"Wanted is {what}; this is {thing!r}."[:300]
+
+
+def _no_backend(thing: Any) -> str | None:
+    """Why something is no backend, in a sentence."""
+    from kleinctl.backends import Backend
+
+    if isinstance(thing, type):
+        return f"It is the class {thing.__name__}; wanted is an instance: {thing.__name__}()."
+    if not isinstance(thing, Backend):
+        wanted = ("name", "aliases", "requires", "layout", "fit", "health", "load")
+        return f"{type(thing).__name__} lacks {', '.join(name for name in wanted if not hasattr(thing, name))}."
+    for name in ("name", "layout"):
+        if not isinstance(getattr(thing, name), str):
+            return f"{name} is {getattr(thing, name)!r}; wanted is a text."
+    for name in ("aliases", "requires"):
+        value = getattr(thing, name)
+        if isinstance(value, str):
+            return f'{name} is the text "{value}"; wanted is a tuple: ("{value}",).'
+        if not (isinstance(value, tuple | list) and all(isinstance(each, str) for each in value)):
+            return f"{name} is {value!r}; wanted is a tuple of texts."
+    return None

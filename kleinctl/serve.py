@@ -343,11 +343,15 @@ def private_file(path: Path, text: str) -> None:
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     beside.unlink(missing_ok=True)
-    os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-    if sys.platform == "win32":
-        _own(beside)
-    beside.write_text(text, encoding="ascii")
-    beside.replace(path)
+    try:
+        os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        if sys.platform == "win32":
+            _own(beside)
+        beside.write_text(text, encoding="ascii")
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _own(path: Path) -> None:

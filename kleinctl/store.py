@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from kleinctl import manifest
+from kleinctl import atomic, manifest
 from kleinctl.home import home, models_folder, quarantine_folder
-from kleinctl.problem import KleinctlError, Problem
+from kleinctl.problem import KleinctlError, Problem, shell
 from kleinctl.units import MIB, bytes_text
 
 if TYPE_CHECKING:
@@ -97,6 +97,10 @@ class Stamp:
     sha256: str
 
 
+#: Of a file that has to be hashed again: no file is like this.
+UNKNOWN = Stamp(-1, 0, 0, "")
+
+
 class Stamps:
     """The memory of hashed files, so that 16 GB are not hashed twice. A file that has changed since is not known."""
 
@@ -117,8 +121,12 @@ class Stamps:
         self.prune()
 
     def drop(self, path: Path) -> None:
-        """Forget the hash of `path`, so that it is hashed again: for one who found that the file is not right."""
-        self._stamps.pop(_key(path), None)
+        """Forget the hash of `path`, so that it is hashed again: for one who found that the file is not right.
+
+        That kleinctl put it there is not forgotten.
+        """
+        if _key(path) in self._stamps:
+            self._stamps[_key(path)] = UNKNOWN
         self.prune()
 
     def under(self, folder: Path) -> list[Path]:
@@ -130,8 +138,8 @@ class Stamps:
         return [path for path in map(_path, self._stamps) if self.sha256(path) == sha256]
 
     def prune(self) -> None:
-        """Forget files that are gone."""
-        self._stamps = {key: stamp for key, stamp in self._stamps.items() if _path(key).exists()}
+        """Forget files that are gone. A link to a disk that is not there now is kept: kleinctl made it."""
+        self._stamps = {key: stamp for key, stamp in self._stamps.items() if os.path.lexists(_path(key))}
         files = {key: asdict(stamp) for key, stamp in sorted(self._stamps.items())}
         write_json(self._file, {"schema": "kleinctl.verified/1", "files": files})
 
@@ -208,7 +216,14 @@ def _places(part: Part, stamps: Stamps, folders: Iterable[Path]) -> Iterator[Pat
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    for parent, _, names in os.walk(folder):
+    """Weights files below `folder`, links followed as ComfyUI does: people keep weights on another disk."""
+    seen: set[str] = set()
+    for parent, below, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # a link to a folder around it
+            below.clear()
+            continue
+        seen.add(real)
         yield from (Path(parent, name) for name in names if name.endswith((".safetensors", ".sft", ".gguf")))
 
 
@@ -322,7 +337,10 @@ def move(source: Path, target: Path) -> None:
                 raise
             beside = _beside(target)
             try:
-                _copy(source, beside)
+                if source.is_symlink():  # what it leads to stays where it is
+                    beside.symlink_to(source.readlink())
+                else:
+                    _copy(source, beside)
                 beside.replace(target)
             finally:
                 beside.unlink(missing_ok=True)
@@ -396,6 +414,19 @@ def disk_problem(error: OSError, path: Path) -> Problem:
     return Problem(what, why, fix, name=name, path=str(path), ref=ref)
 
 
+def no_folder(folder: Path) -> Problem | None:
+    """What is in the way of `folder`: a file, or a link to a disk that is not there now. None where nothing is."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if there.is_dir():
+        return None
+    what, why = f"{there} is no folder", "A folder is wanted there; it is a file."
+    fix = shell("move" if os.name == "nt" else "mv", there, there.with_name(f"{there.name}.old"))
+    if there.is_symlink() and not there.exists():
+        why = f"A folder is wanted there; it is a link to {there.readlink()}, which is not there now."
+        fix = "connect or mount the disk that it leads to, or remove the link; then run the same command again"
+    return Problem(what, why, fix, name="disk-error", path=str(there))
+
+
 def make_folder(folder: Path) -> Path:
     """`folder`, made where it is missing.
 
@@ -403,7 +434,13 @@ def make_folder(folder: Path) -> Path:
         KleinctlError: it cannot be made.
     """
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            blocked = no_folder(folder)
+            if blocked is None:
+                raise
+            raise KleinctlError(blocked) from None
     return folder
 
 
@@ -448,10 +485,8 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
         KleinctlError: it cannot be written.
     """
     make_folder(path.parent)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
-        beside.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        beside.replace(path)
+        atomic.write_text(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
 def sync_folder(folder: Path) -> None:
@@ -486,7 +521,7 @@ def locked(waiting: Callable[[str], None]) -> Iterator[None]:
             waiting(f"waiting for another kleinctl{_pid(owner)} to finish")
             lock.acquire(poll_interval=0.1)
     try:
-        with writing(owner):
+        with contextlib.suppress(OSError):  # a full disk must not keep an uninstall from making room
             owner.write_text(str(os.getpid()), encoding="ascii")
         yield
     finally:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kleinctl import atomic
 from kleinctl.problem import KleinctlError, Misuse, Problem
 
 if TYPE_CHECKING:
@@ -30,14 +31,15 @@ def runner(plugins: Plugins, backend: str | None) -> Any:
 
 
 def write(plugins: Plugins, backend: str | None, model: Model, job: Job, path: Path) -> None:
-    """Write `job` to `path`, as ComfyUI's own page opens it.
+    """Write `job` to `path`, as ComfyUI's own page opens it; whole, or what was there stays.
 
     Raises:
         KleinctlError: it cannot be written.
     """
     workflow = runner(plugins, backend).workflow(model, job)
+    text = json.dumps(workflow, indent=1) + "\n"
     try:
-        path.write_text(json.dumps(workflow, indent=1) + "\n", encoding="utf-8")
+        atomic.write_text(path, text)
     except OSError as error:
         what, fix = f"{path} cannot be written to", "--write-workflow another.json"
         raise KleinctlError(

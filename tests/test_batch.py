@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -19,7 +20,8 @@ from PIL import Image
 
 from kleinctl import batch, records, road
 from kleinctl.batch import changes, demands, parse, read, tasks
-from kleinctl.cli.progress import Pace
+from kleinctl.cli import output
+from kleinctl.cli.progress import Bars, Pace
 from kleinctl.cli.steps import shown_on, stage_text
 from kleinctl.generate import CHUNK, Failure, Output, Step
 from kleinctl.hardware import Hardware, imagine
@@ -250,6 +252,17 @@ def test_stages_in_words():
     assert stage_text(Step("denoise", 1, 4, 1, 1)) == "denoise"
     assert stage_text(Step("denoise", 1, 4, 3, 16)) == "picture 3 of 16: denoise"
     assert stage_text(Step("encode", 3, 16, 0, 16)) == "prompts"
+
+
+def test_a_terminal_without_a_cursor_gets_lines_as_a_log_does(monkeypatch):
+    from rich.console import Console
+
+    said = io.StringIO()
+    console = Console(file=said, force_terminal=True, _environ={"TERM": "dumb"})
+    monkeypatch.setattr(output, "err_console", lambda: console)
+    with Bars() as bars:
+        bars.show("stage", "denoise", 4, 4)
+    assert said.getvalue() == "  denoise 4 of 4\n"
 
 
 def test_what_waits_for_others_is_shown_with_the_time_since_when(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 
 from kleinctl import bench, store
 from kleinctl.backends import Fit, Job
-from kleinctl.cli.bench import check_files, row
+from kleinctl.cli.bench import check_files, row, written
 from kleinctl.environment import Environment
 from kleinctl.hardware import Gpu, imagine
 from kleinctl.plugins import Plugins
@@ -247,6 +248,25 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(optio
     assert f" {option} bench." in raised.value.problem.fix
     check_files({"-o": None, "--chart": tmp_path / "new" / "chart.png"})
     assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+def test_a_pipe_that_is_written_to_stays_one(tmp_path):
+    """As /dev/null and /dev/stdout do, which root could put a file in the place of."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    check_files({"-o": pipe})
+    with os.fdopen(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), encoding="utf-8") as reader:
+        written(pipe, {"schema": bench.SCHEMA})
+        assert json.load(reader) == {"schema": bench.SCHEMA}
+    assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_folder_is_no_file_to_write(tmp_path):
+    with pytest.raises(Misuse) as raised:
+        check_files({"-o": tmp_path})
+    assert raised.value.problem.name == "output-unwritable"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_prediction_longer_than_its_bar_is_on_the_chart():

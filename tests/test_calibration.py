@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from kleinctl import memory
+from kleinctl import bench, memory, road
+from kleinctl.backends import Fit
+from kleinctl.environment import Environment
 from kleinctl.hardware import NO_RATES, Hardware, Rates, Speed, detect, imagine, rates
 from kleinctl.home import home
-from kleinctl.planner import compare, default_job
+from kleinctl.planner import Candidate, compare, default_job
 from kleinctl.plugins import Plugins
 from kleinctl.problem import KleinctlError
 from kleinctl.units import GIB
+from kleinctl.worker.protocol import Calibrated
 from tests.test_cli import conforms
 
 CARD = "NVIDIA H100 80GB HBM3"
@@ -145,6 +151,29 @@ def test_a_strangers_rates_of_zero_are_refused(h100):
     document["rates"]["forward"][0]["flops"] = 0.0
     with pytest.raises(KleinctlError, match="rates in this report cannot be read"):
         Hardware.from_json(document)
+
+
+def test_a_miniature_says_nothing_of_how_fast_a_card_draws(klein, h100, monkeypatch):
+    class Worker:
+        """Answers with what 6 MB of weights reach on a card: what its kernels cost, not what it can do."""
+
+        def start(self, *given, **named):
+            return contextlib.nullcontext(self)
+
+        def ask(self, *given):
+            slow = (Speed(576, 1.3e11), Speed(1536, 4e11))
+            return Calibrated(replace(H100, encode=8e10, forward=slow, decode=(Speed(128**2, 2e11),)))
+
+    monkeypatch.setattr(bench, "ProcessExecutor", Worker)
+    plugins, python = Plugins(frozenset()), Environment(Path(sys.executable), {})
+    tiny, offer = plugins.model("klein-tiny"), plugins.backend("staged-decode")
+    way = road.Way(tiny, offer, Candidate("staged-decode", tiny.name, Fit(0, 0, 0, 0, 0, True, "resident")))
+    found = bench.calibrate(way, python, h100, lambda *said: None)
+    assert (found.card, found.pinned) == (CARD, H100.pinned)
+    job, measured, unmeasured = default_job(klein), replace(h100, rates=found), replace(h100, rates=NO_RATES)
+    assert memory.stage_seconds(klein, measured, job) == memory.stage_seconds(klein, unmeasured, job)
+    whole = bench.calibrate(replace(way, model=klein), python, h100, lambda *said: None)
+    assert whole.forward[0].flops == 1.3e11
 
 
 @pytest.mark.slow

@@ -215,8 +215,11 @@ def test_a_check_that_crashes_is_one_line():
     def crash(hardware):
         raise KeyError("x")
 
-    results = run_checks([check("crashes")(crash), check("fine")(lambda hardware: None)], {"hardware": Hardware()})
-    assert [each.status for each in results] == ["skipped", "ok"]
+    tells = check("tells")(lambda hardware: "all is lost")
+    own = [check("crashes")(crash), tells, check("fine")(lambda hardware: None)]
+    results = run_checks(own, {"hardware": Hardware()})
+    assert [each.status for each in results] == ["skipped", "skipped", "ok"]
+    assert "returned str, and not Problem" in results[1].why
 
 
 def test_check_names_are_lasting_words_and_said_once():

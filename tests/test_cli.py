@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from kleinctl import store
 from kleinctl.cli import COMMANDS
 from kleinctl.cli import group as cli_group
 from tests.conftest import REPOSITORY
@@ -331,6 +333,27 @@ def test_uninstall_with_nobody_to_ask_wants_yes(kleinctl):
     answer = kleinctl("uninstall", "klein-tiny")
     assert answer.exit_code == 2
     assert "hint: kleinctl uninstall klein-tiny --yes\n" in answer.stderr
+
+
+def test_a_comfyui_to_take_copies_from_that_is_not_there(kleinctl, tmp_path):
+    gone = tmp_path / "gone"
+    answer = kleinctl(*("install", "--model", "klein-tiny", "--backend", "diffusers-offload", "--comfyui", gone))
+    assert (answer.exit_code, answer.stdout) == (2, "") and f"{gone} is not there" in answer.stderr
+
+
+def test_uninstall_says_for_whom_it_waits_and_leaves_downloads_that_are_under_way(empty_home):
+    partial = empty_home / "kleinctl" / "downloads" / "a.partial"
+    command = [sys.executable, "-m", "kleinctl", "uninstall", "--all", "--yes"]
+    with store.locked(print):
+        store.make_folder(partial.parent)
+        partial.touch()
+        waits = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert waits.stderr is not None
+        assert waits.stderr.readline() == f"waiting for another kleinctl (pid {os.getpid()}) to finish\n"
+        assert partial.exists()
+    waits.communicate(timeout=60)
+    assert waits.returncode == 0 and not partial.exists()
+    assert not (empty_home / "kleinctl" / "install.lock").exists()
 
 
 def test_uninstall_leaves_what_lies_behind_a_link_to_another_disk_and_says_so(kleinctl, empty_home, tmp_path):

@@ -429,6 +429,24 @@ def test_a_file_in_the_wrong_folder_of_comfyui(comfyui):
     assert comfyui.exists() and not to.parent.exists()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links want a right on Windows")
+def test_a_link_that_would_lead_nowhere_from_the_right_folder_stays(comfyui):
+    to = comfyui.parent.parent / "vae_approx" / "link.safetensors"
+    link = comfyui.with_name(to.name)
+    link.symlink_to(comfyui.name)
+    with pytest.raises(KleinctlError) as failure:
+        fixes.plan(with_path("move-file", "ask", link, to=str(to)), Plugins(), NOTHING)
+    problem = failure.value.problem
+    assert problem.name == "fix-refused" and f"{link} is a link, to {comfyui.name}" in problem.why
+    subprocess.run(["sh", "-c", problem.fix], check=True)
+    assert to.samefile(comfyui) and not os.path.lexists(link)
+
+    link.symlink_to(comfyui)  # a whole path leads to the same file from anywhere
+    to.unlink()
+    fixes.carry_out(fixes.plan(with_path("move-file", "ask", link, to=str(to)), Plugins(), NOTHING))
+    assert to.is_symlink() and to.samefile(comfyui)
+
+
 def test_a_file_of_another_disk_goes_to_the_comfyui_that_is_named(comfyui, tmp_path):
     path = tmp_path / "elsewhere" / "flux.safetensors"
     path.parent.mkdir()

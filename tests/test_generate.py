@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
@@ -329,6 +330,16 @@ def test_a_line_of_a_batch_that_runs_out_of_memory_is_one_error_and_the_rest_run
     assert (failure.index, failure.number, failure.count) == (1, 2, 3) and failure in events
     assert failure.problem.name == "card-memory-full" and failure.problem.what.startswith("jobs.jsonl:2: ")
     assert files(tmp_path) == ["klein-1-2.png", "klein-1.png"]
+
+
+def test_a_disk_that_fills_in_a_batch_costs_no_more_painting(tmp_path, monkeypatch):
+    jobs, events = [job(1), job(2), job(3)], []
+    free = iter([2**40, 2**40, 0, 0])  # before the batch, and before each picture
+    monkeypatch.setattr(generate.shutil, "disk_usage", lambda folder: SimpleNamespace(free=next(free)))
+    result = run(request(*jobs, output=tmp_path, **origins(*jobs)), events.append)
+    assert [image.job.seed for image in result.images] == [1]
+    assert [failure.problem.name for failure in result.failures] == ["disk-full", "disk-full"]
+    assert {event.number for event in events if isinstance(event, Step) and event.stage == "denoise"} <= {0, 1}
 
 
 def test_a_line_of_a_batch_with_a_damaged_reference_is_one_error(tmp_path):

@@ -95,6 +95,19 @@ def test_the_big_card_is_busy_with_another_program() -> None:
 
 
 @pytest.mark.parametrize(
+    ("old", "free", "wins"),
+    [("GTX 1080", 7.9, False), ("GTX 1080 Ti", 10.9, False), ("Quadro RTX 8000", 47, True)],
+)
+def test_an_old_card_with_a_little_more_free_does_not_win_over_one_that_draws_in_a_third_of_the_time(
+    old: str, free: float, wins: bool
+) -> None:
+    new = replace(imagine("RTX 4060", 32 * GIB).gpus[0], vram_free_bytes=int(6.9 * GIB))  # its desktop is on it
+    other = replace(imagine(old, 32 * GIB).gpus[0], vram_free_bytes=int(free * GIB))
+    for gpus in ((new, other), (other, new)):
+        assert Hardware(gpus=gpus).gpu is (other if wins else new)
+
+
+@pytest.mark.parametrize(
     ("visible", "hidden"),
     [
         (None, [False, False]),

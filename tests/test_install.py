@@ -30,7 +30,7 @@ from kleinctl.install import (
     uninstall,
 )
 from kleinctl.manifest import Model, Part, Source
-from kleinctl.problem import KleinctlError
+from kleinctl.problem import KleinctlError, shell
 from tests.hub import Hub
 from tests.models import tiny_model
 
@@ -386,6 +386,40 @@ def test_a_comfyui_folder_with_the_base_model_of_the_same_size(hub: Hub, tmp_pat
     assert actions(plan)["text-encoder"] == "adopt"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="links want a right on Windows")
+def test_a_copy_behind_a_link_in_comfyuis_folder_is_found(hub: Hub, tmp_path: Path):
+    folder, disk = tmp_path / "ComfyUI" / "models" / "diffusion_models", tmp_path / "disk"
+    folder.mkdir(parents=True)
+    disk.mkdir()
+    (disk / "klein.safetensors").write_bytes(FILES[TRANSFORMER])
+    (disk / "round").symlink_to(folder)
+    (folder / "disk").symlink_to(disk)
+    assert actions(plan_files(klein(), "diffusers", comfyui=tmp_path / "ComfyUI"))["transformer"] == "adopt"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links want a right on Windows")
+def test_a_disk_that_is_not_mounted_is_told_before_anything_is_fetched(hub: Hub, tmp_path: Path):
+    store.make_folder(home())
+    (home() / "models").symlink_to(tmp_path / "disk")
+    [problem] = plan_files(klein(), "diffusers").problems
+    assert problem.what == f"{home() / 'models'} is no folder" and problem.name == "disk-error"
+    assert f"it is a link to {tmp_path / 'disk'}, which is not there now" in problem.why
+    with pytest.raises(KleinctlError):
+        install(klein())
+    assert not hub.requests
+    (tmp_path / "disk").mkdir()
+    install(klein())
+    assert there() == FILES
+
+
+def test_a_file_where_a_folder_has_to_be(hub: Hub):
+    file = store.model_folder("klein-4b", "diffusers") / "vae"
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    [problem] = plan_files(klein(), "diffusers").problems
+    assert (problem.what, problem.fix) == (f"{file} is no folder", shell("mv", file, f"{file}.old"))
+
+
 def test_another_file_published_under_the_same_name_is_right_too(hub: Hub):
     other = random.Random(9).randbytes(1_500_100)
     twin = replace(part_of(VAE, other), id="vae-2")
@@ -445,6 +479,34 @@ def test_an_uninstall_does_not_follow_a_link_out_of_the_home_folder(hub: Hub, tm
     (folder / "vae").symlink_to(tmp_path / "vae")
     uninstall(klein())
     assert (tmp_path / "vae" / Path(VAE).name).read_bytes() == FILES[VAE]
+
+
+def test_an_uninstall_takes_what_verify_found_to_be_wrong_as_well(hub: Hub):
+    install(klein())
+    folder = store.model_folder("klein-4b", "diffusers")
+    (folder / VAE).write_bytes(FILES[VAE][::-1])
+    store.Stamps().drop(folder / VAE)
+    assert plan_files(klein(), "diffusers").steps[2].action == "adopt"  # it has to be hashed
+    removed = uninstall(klein())
+    assert (len(removed.files), removed.left) == (4, ())
+
+
+def test_an_uninstall_takes_a_link_that_leads_nowhere_any_more(hub: Hub, tmp_path: Path):
+    install(klein())
+    place = store.model_folder("klein-4b", "diffusers") / VAE
+    other = place.rename(tmp_path / "vae.safetensors")
+    place.symlink_to(other)
+    store.Stamps().put(place, hashlib.sha256(FILES[VAE]).hexdigest())
+    other.unlink()
+    store.Stamps().prune()
+    assert uninstall(klein()).left == () and not os.path.lexists(place)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="wants a disk that is full")
+def test_a_full_disk_does_not_keep_an_uninstall_from_making_room(hub: Hub):
+    install(klein())
+    (home() / "install.pid").symlink_to("/dev/full")
+    assert len(uninstall(klein()).files) == 4 and there() == {}
 
 
 def test_an_uninstall_of_what_was_never_there():

@@ -690,6 +690,15 @@ def test_a_pattern_of_a_plugin():
     assert isinstance(match, Match) and match.problem.name == "mine" and match.problem.fix == problem.fix
 
 
+@pytest.mark.parametrize("slip", [lambda sighting: 1 // 0, lambda sighting: "it is missing"])
+def test_a_pattern_of_a_plugin_that_raises_leaves_the_others_alone(slip):
+    log = "ImportError: No module named 'my_extension'\ntorch.OutOfMemoryError: CUDA out of memory."
+    own = LogPattern("other", "CUDA out of memory", Problem("the card is full", "It is.", "kleinctl plan"))
+    first, second = sorted(explain(log, [LogPattern("mine", "my_extension", slip), own]), key=lambda each: each.number)
+    assert first.problem.what == "the log pattern mine failed" and first.problem.severity == "warning"
+    assert second.problem.name == "other"
+
+
 @pytest.mark.parametrize(
     ("regex", "words"),
     [

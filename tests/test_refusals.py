@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +57,20 @@ def edited(path: Path) -> list[dict[str, str]]:
 def another_python(path: Path) -> Path:
     path.write_text('print(\'{"is": "Hello", "protocol": "kleinctl.worker/9", "kleinctl": "3", "pid": 1}\')')
     return path
+
+
+def test_a_log_on_a_full_disk_ends_but_the_worker_is_still_heard(empty_home, monkeypatch):
+    """Nobody would empty the pipe otherwise, and the worker would stand still at 64 KiB."""
+
+    class Full(io.BytesIO):
+        def write(self, line: object) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "open", lambda *given, **options: Full())
+    source = io.BytesIO(b"first\n" * 9 + b"last\n")
+    log = WorkerLog(source, 1)
+    log.join()
+    assert source.read() == b"" and list(log.tail) == ["first"] * 9 + ["last"]
 
 
 def no_log() -> None:

@@ -391,6 +391,33 @@ def test_the_server_ends_and_leaves_nothing(server, kleinctl, start, how, empty_
     assert answer.exit_code == 1 and "error[server-not-running]: no server runs" in answer.stderr
 
 
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_a_server_outlives_whoever_read_what_it_says(moody, kleinctl, kind, tmp_path, empty_home):
+    reading, writing = os.pipe() if kind == "pipe" else os.openpty()
+    hidden = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under `disown`
+    try:
+        command = [sys.executable, "-m", "kleinctl", "serve", "--model", "klein-tiny", "--backend", "moody"]
+        serving = subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=writing, stderr=writing)
+    finally:
+        signal.signal(signal.SIGHUP, hidden)
+        os.close(writing)
+    try:
+        said = b""
+        while b"waiting for jobs" not in said:
+            said += os.read(reading, 4096)
+        os.close(reading)
+        for seed in (1, 2):
+            drawn = kleinctl("run", "a circle", "--seed", seed, "-o", tmp_path / f"{seed}.png")
+            assert drawn.exit_code == 0 and "without the server" not in drawn.stderr
+            assert state(kleinctl)["pid"] == serving.pid
+        assert kleinctl("serve", "--stop").stdout == "no server runs\n"
+        assert serving.wait(10) == 0
+    finally:
+        serving.kill()
+        serving.wait()
+    assert not list((empty_home / "kleinctl" / "logs").glob("crash-*"))
+
+
 def test_a_model_that_is_not_installed_is_not_served(kleinctl, empty_home):
     answer = kleinctl("serve", "--model", "klein-tiny", KLEINCTL_OFFLINE="1")
     assert answer.exit_code == 1 and "[model-not-installed]" in answer.stderr
@@ -420,6 +447,13 @@ def test_a_private_file_is_private_from_its_first_moment(tmp_path, monkeypatch):
     serve.private_file(tmp_path / "secret", "x")
     assert [stat.S_IMODE(mode) for mode in modes] == [0o600]
     assert (tmp_path / "secret").read_text() == "x" and pictures(tmp_path) == ["secret"]
+
+
+def test_a_private_file_that_cannot_be_put_in_place_leaves_no_secret(tmp_path):
+    (tmp_path / "serve.json").mkdir()
+    with pytest.raises(OSError):
+        serve.private_file(tmp_path / "serve.json", "secret")
+    assert [path.name for path in tmp_path.iterdir()] == ["serve.json"]
 
 
 def test_on_windows_a_secret_is_the_users_alone_before_it_is_written(tmp_path, monkeypatch):

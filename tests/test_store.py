@@ -316,6 +316,24 @@ def test_a_stick_formatted_as_fat32(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 # One at a time
 
+
+@pytest.mark.skipif(os.name == "nt", reason="links want a right on Windows")
+def test_a_link_that_moves_to_another_disk_stays_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file, link, target = write(tmp_path / "file", b"x"), tmp_path / "a" / "link", tmp_path / "b" / "link"
+    link.parent.mkdir()
+    link.symlink_to(file)
+    replace = Path.replace
+
+    def over(path: Path, to: Path) -> Path:
+        if path.parent != to.parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return replace(path, to)
+
+    monkeypatch.setattr(Path, "replace", over)
+    store.move(link, target)
+    assert target.readlink() == file and not os.path.lexists(link) and file.read_bytes() == b"x"
+
+
 HOLD = f"""
 import sys, time
 sys.path.insert(0, {ROOT!r})

@@ -121,7 +121,11 @@ def _run(each: Check, facts: Mapping[str, Any], rounds: Sequence[Mapping[str, An
 def _listed(verdict: Verdict) -> list[Problem]:
     if verdict is None:
         return []
-    return [verdict] if isinstance(verdict, Problem) else list(verdict)
+    problems = [verdict] if isinstance(verdict, Problem) else list(verdict)
+    odd = next((each for each in problems if not isinstance(each, Problem)), None)
+    if odd is not None:
+        raise TypeError(f"it returned {type(odd).__name__}, and not Problem")
+    return problems
 
 
 def own_checks() -> list[Check]:

@@ -324,7 +324,7 @@ def several_cards(hardware: Hardware, system: System) -> Problem | None:
     if len(shown) < 2:
         return None
     largest = max(shown, key=lambda gpu: gpu.vram_bytes)
-    if largest.vram_bytes > used.vram_bytes:
+    if largest.vram_bytes > used.vram_bytes and largest.vram_free_bytes <= used.vram_free_bytes:
         return Problem(
             f"{used.name} is used, for {largest.name} is taken",
             f"{largest.name} has {gib(largest.vram_free_bytes)} of {gib(largest.vram_bytes)} free"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shlex
 import sys
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kleinctl import atomic
 from kleinctl.cli import options, output
 from kleinctl.problem import OK, PROBLEMS, KleinctlError, Misuse, Problem
 
@@ -235,19 +235,21 @@ def calibrated(way: Way, hardware: Hardware, *, as_json: bool) -> int:
     if as_json:
         output.print_json(rates.document(found))
     else:
-        output.show_rows(rate_rows(found), width=16, target=output.console())
+        small = found.card and bench.too_small(way.model)
+        unknown = f"not kept: {found.model} is too small for this card; name a larger one with --model" if small else ""
+        output.show_rows(rate_rows(found, unknown), width=16, target=output.console())
         output.answer(f"kept in {path}; `kleinctl plan` goes by it")
     return OK
 
 
-def rate_rows(rates: Rates) -> list[tuple[str, str]]:
-    """Measured rates for people: a head and what was found, for each that was."""
+def rate_rows(rates: Rates, unknown: str = "") -> list[tuple[str, str]]:
+    """Measured rates for people: a head and what was found, for each that was; `unknown` says why others have none."""
     from kleinctl.units import speed_text, work_text
 
     def speed(rate: float | None) -> str:
         return speed_text(rate) if rate else ""
 
-    unknown = "not measured; the worker's log says why"
+    unknown = unknown or "not measured; the worker's log says why"
     tokens = ", ".join(f"{work_text(each.flops)} at {each.size} tokens" for each in rates.forward)
     pixels = ", ".join(f"{work_text(each.flops)} at {each.size / 2**20:.2f} megapixels" for each in rates.decode)
     rows = [
@@ -273,31 +275,19 @@ def check_files(files: Mapping[str, Path | None]) -> None:
     """
     for option, path in files.items():
         if path is not None:
-            probe = _partial(path)
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                probe.write_bytes(b"")
-                probe.unlink()
+                atomic.try_writing(path)
             except OSError as error:
                 raise Misuse(_unwritable(path, error, option)) from None
 
 
 def written(path: Path, document: dict[str, Any]) -> None:
     """Write the document, in place of the last one: a run that is killed leaves what it has."""
-    unfinished = _partial(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        atomic.write_text(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
         raise Misuse(_unwritable(path, error)) from None
-
-
-def _partial(path: Path) -> Path:
-    """Where a file is written before it takes its place."""
-    return path.with_name(f".{path.name}.partial")
 
 
 def _unwritable(path: Path, error: OSError, option: str = "-o") -> Problem:

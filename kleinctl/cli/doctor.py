@@ -164,26 +164,22 @@ def explained(log: Path, plugins: Plugins, facts: Facts) -> list[Match]:
 
     from kleinctl.log_patterns import PATTERNS
     from kleinctl.logs import MAX_CHARACTERS, explain
+    from kleinctl.report.collect import decoded
 
     try:
         stream = sys.stdin.buffer if str(log) == "-" else log.open("rb")
         with stream:
+            start = b""
             if stream.seekable():
-                stream.seek(max(0, stream.seek(0, 2) - 4 * MAX_CHARACTERS))
+                start = stream.read(2)
+                stream.seek(max(0, stream.seek(0, 2) - 4 * MAX_CHARACTERS) // 2 * 2)
             text = stream.read(4 * MAX_CHARACTERS)
     except OSError as error:
         raise KleinctlError(
             Problem(f"{log} cannot be read", f"{error.strerror}.", "kleinctl doctor --log FILE", name="log-unreadable")
         ) from None
     theirs = [offer.thing for offer in plugins.offers("kleinctl_log_patterns")]
-    return explain(decoded(text), (*theirs, *PATTERNS), facts)
-
-
-def decoded(text: bytes) -> str:
-    """A log's text: UTF-8, or what PowerShell's `>` writes (UTF-16)."""
-    if text[:2] in (b"\xff\xfe", b"\xfe\xff") or text[1:200:2].count(0) > len(text[1:200:2]) // 2:
-        return text.decode("utf-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-16-le", "replace")
-    return text.decode("utf-8-sig", "replace")
+    return explain(decoded(text, start or text[:2]), (*theirs, *PATTERNS), facts)
 
 
 def show_log(told: Sequence[Problem]) -> None:

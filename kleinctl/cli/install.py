@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kleinctl.cli import options, output
-from kleinctl.problem import OK, PROBLEMS, Misuse, Problem
+from kleinctl.problem import OK, PROBLEMS, KleinctlError, Misuse, Problem, shell
 
 if TYPE_CHECKING:
     from kleinctl.comfyui.adopt import Adoption
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: The layout of a backend that runs in ComfyUI.
 LAYOUT = "comfyui"
+#: Problems that are put right by the same command with one more option.
+OPTIONS = {"licence-not-accepted": "--accept-licence", "part-unverified": "--allow-unverified"}
 
 
 @click.command("install", short_help="Fetch and verify a model's files and build its environment.")
@@ -68,6 +70,9 @@ def command(
     backend = backend or (_backend(plugins) if asked.anything else None)
     in_comfyui = backend is not None and all(each.thing.layout == LAYOUT for each in plugins.backends_for(backend))
     asked.check(in_comfyui)
+    if comfyui is not None and not in_comfyui and not comfyui.is_dir():  # else all of it would be fetched again
+        why, fix = "It is to be searched for the model's files.", "name a folder that is there, or leave --comfyui out"
+        raise Misuse(Problem(f"{comfyui} is not there", why, fix, name="usage"))
     must_fit = model is None and not in_comfyui  # what keeps it from running may be that ComfyUI is not here yet
     way = options.way(plugins, hardware, model, backend, variant=variant, must_fit=must_fit)
     in_comfyui = way.backend.layout == LAYOUT
@@ -76,6 +81,7 @@ def command(
     comfy = Comfy(asked, hardware, precision, way.backend.requires) if in_comfyui else None
     copies = comfy.folder if comfy else comfyui
     plan = road.files(way, precision=precision, comfyui=copies, allow_unverified=allow_unverified)
+    plan = replace(plan, problems=tuple(map(_as_typed, plan.problems)))
     if comfy:
         comfy.show(plan, plugins)
     steps.show_files(plan)
@@ -91,6 +97,9 @@ def command(
         problems = [*(comfy.problems if comfy else ()), *plan.problems]
         output.show_problems(problems)
         return PROBLEMS if problems else OK
+    for problem in plan.problems:  # before a ComfyUI is brought for files that cannot be had
+        if problem.severity == "error":
+            raise KleinctlError(problem)
     if not plan.problems:
         steps.ask_to_fetch(plan.fetch_bytes + (comfy.fetch_bytes if comfy else 0), yes=yes)
     if comfy:
@@ -106,6 +115,14 @@ def command(
     else:
         output.answer(f"{way.model.name} is installed for {way.backend.name}")
     return OK
+
+
+def _as_typed(problem: Problem) -> Problem:
+    """The problem with a command that installs the same files: for the same backend, of the same precision."""
+    if problem.name not in OPTIONS:
+        return problem
+    typed = [word for word in options._typed() if word not in ("--dry-run", "--json")]
+    return replace(problem, fix=shell(*typed, OPTIONS[problem.name]))
 
 
 @dataclass(frozen=True)

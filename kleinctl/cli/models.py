@@ -20,14 +20,15 @@ def command(as_json: bool) -> int:
     from rich import box
     from rich.table import Table
 
-    from kleinctl import store
+    from kleinctl import install, store
     from kleinctl.plugins import Plugins
 
     plugins = Plugins()
     rows: list[dict[str, Any]] = []
     for model in plugins.models.values():
         for layout in model.layouts:
-            parts = model.parts_for(layout)
+            precision = install.here(model, layout)
+            parts = model.parts_for(layout, precision)
             placed = sum(store.destination(model.name, layout, part).exists() for part in parts)
             rows.append(
                 {
@@ -36,7 +37,7 @@ def command(as_json: bool) -> int:
                     "layout": layout,
                     "licence": model.licence,
                     "gated": model.gated,
-                    "bytes": model.bytes(layout),
+                    "bytes": model.bytes(layout, precision),
                     "parts": len(parts),
                     "parts_here": placed,
                     "steps": model.defaults.steps,
@@ -60,7 +61,8 @@ def command(as_json: bool) -> int:
         )
         licence = f"{row['licence']}{', gated' if row['gated'] else ''}"
         job = (row["steps"], row["guidance"]) if wide else ()
-        size = plugins.models[row["model"]].size_text(row["layout"])
+        model = plugins.models[row["model"]]
+        size = model.size_text(row["layout"], install.here(model, row["layout"]))
         cells = (row["model"], row["layout"], size, here, *job, licence)
         table.add_row(*map(str, cells))
     output.console().print(table)

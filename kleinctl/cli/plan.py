@@ -127,7 +127,7 @@ def show(plugins: Plugins, hardware: Hardware, rows: list[Row], why: str) -> Non
         own = [row for row in rows if row.of.model == model]
         layout = plugins.backends[own[0].of.backend].thing.layout
         head = f"\n{model}, {plugins.models[model].size_text(layout)} on disk"
-        if card is None and not any(row.of.runs or row.of.device == "cpu" for row in own):
+        if card is None and "cpu" not in plugins.models[model].devices:
             say(f"{head}: nothing runs it without an NVIDIA card")
             continue
         say(f"{head}; VRAM and RAM in GiB")

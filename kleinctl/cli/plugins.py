@@ -14,12 +14,12 @@ from kleinctl.problem import OK, PROBLEMS, Misuse, Problem, did_you_mean
 @options.as_json
 def command(disable: str | None, enable: str | None, as_json: bool) -> int:
     """Who offers what; switch plugins off and on."""
-    from kleinctl.plugins import Plugins, switch
+    from kleinctl.plugins import Plugins, switch, switched_off
 
     for name, on in ((disable, False), (enable, True)):
         if name:
             known = [plugin.name for plugin in Plugins().overview()]
-            if name not in known:
+            if name not in known and not (on and name in switched_off()):  # it may be gone, and still be off
                 why = f"Installed are {', '.join(known)}.{did_you_mean(name, known)}"
                 raise Misuse(Problem(f"there is no plugin {name!r}", why, "kleinctl plugins", name="unknown-plugin"))
             switch(name, on)

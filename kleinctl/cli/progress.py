@@ -20,13 +20,14 @@ class Bars:
 
     `show(key, text, done, total)` moves or makes the bar of `key`; `total` None means that nobody knows the end. A
     `note` stands behind the amount.
-    On something that is no terminal, finished things get a line, and a long one every ten seconds.
+    On something that is no terminal, or cannot move its cursor (TERM=dumb), finished things get a line, and a long one
+    every ten seconds.
     """
 
     def __init__(self, *, in_bytes: bool = False, rate: bool = False) -> None:
         self._in_bytes, self._rate = in_bytes, rate
         self._console = output.err_console()
-        self._live = self._console.is_terminal
+        self._live = self._console.is_terminal and not self._console.is_dumb_terminal
         self._progress: Any = None
         self._tasks: dict[str, Any] = {}
         self._told: dict[str, float] = {}

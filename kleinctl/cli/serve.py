@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +85,7 @@ def command(
                 server.run()
         except KeyboardInterrupt:
             pass
-    output.remark("the server has ended")
+    _say("the server has ended")
     return OK
 
 
@@ -121,9 +121,7 @@ def load(server: Any) -> None:
     with Bars() as bars:
         bars.show("stage", "starting the worker", 0, None)
         server.load(lambda said: bars.show("stage", said.stage, said.done, said.total))
-    output.remark(
-        f"loaded in {seconds_text(time.monotonic() - start)}; waiting for jobs of `kleinctl run`, Ctrl-C ends"
-    )
+    _say(f"loaded in {seconds_text(time.monotonic() - start)}; waiting for jobs of `kleinctl run`, Ctrl-C ends")
 
 
 def show_event(event: Done | Freed) -> None:
@@ -133,11 +131,17 @@ def show_event(event: Done | Freed) -> None:
 
     at = time.strftime("%H:%M:%S")
     if isinstance(event, Freed):
-        output.remark(f"{at}  memory freed {event.why}; the next job loads the model again")
+        _say(f"{at}  memory freed {event.why}; the next job loads the model again")
         return
     job = event.job
     result = event.why or seconds_text(event.seconds)
-    output.remark(f"{at}  {event.output.name}  {job.width}x{job.height}  {job.steps} steps  seed {job.seed}  {result}")
+    _say(f"{at}  {event.output.name}  {job.width}x{job.height}  {job.steps} steps  seed {job.seed}  {result}")
+
+
+def _say(text: str) -> None:
+    """A line for whoever still looks: terminals are closed, logs fill their disk, and jobs come all the same."""
+    with suppress(OSError, SystemExit):  # rich ends the program where a pipe's reader has gone
+        output.remark(text)
 
 
 def manage(*, free: bool, stop: bool, as_json: bool) -> int:

@@ -63,7 +63,8 @@ def show_files(plan: InstallPlan) -> None:
     here = sum(step.action == "present" for step in plan.steps)
     total = f"{bytes_text(plan.fetch_bytes)} to fetch, {bytes_text(plan.disk_bytes)} to write"
     total += f"; {bytes_text(plan.free_bytes)} are free"
-    output.remark(f"  {total}{f'; {here} files are here' if here else ''}")
+    files = "file is" if here == 1 else "files are"
+    output.remark(f"  {total}{f'; {here} {files} here' if here else ''}")
 
 
 def ask_to_fetch(count: int, *, yes: bool) -> None:

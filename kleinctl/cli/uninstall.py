@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 FOLDERS = ("downloads", "quarantine", "logs", "journal", "pythons", "cache", "batches")
 FILES = (
     *("verified.json", "licences.json", "calibration.json", "disabled-plugins.txt"),
-    *("install.lock", "serve.lock"),
+    "serve.lock",
 )
+LOCK = "install.lock"
 
 
 @click.command("uninstall", short_help="Take away a model, or everything kleinctl made.")
@@ -37,7 +38,7 @@ def command(
     Only what kleinctl put there goes: files that Hugging Face's cache or ComfyUI also have stay there, and so do
     pictures, settings and custom nodes of the ComfyUI that kleinctl installed.
     """
-    from kleinctl import environment, install
+    from kleinctl import environment, install, store
     from kleinctl.comfyui import checkout
     from kleinctl.comfyui import install as comfy
     from kleinctl.comfyui.record import known
@@ -61,16 +62,19 @@ def command(
         what = ", ".join([*(model.name for model in chosen), *(name for name, goes in also.items() if goes)])
         click.confirm(f"Take away {what}?", default=False, abort=True, err=True)
     used = known()
-    gone_comfyui = comfy.uninstall() if comfyui or everything else None  # first: one that runs may keep it from going
-    removed = [install.uninstall(model) for model in chosen]
+    # ComfyUI first: one that runs may keep it from going
+    gone_comfyui = comfy.uninstall(output.remark) if comfyui or everything else None
+    removed = [install.uninstall(model, lambda event: output.remark(event.note)) for model in chosen]
     gone = environment.names() if environments or everything else []
     for name in gone:
         environment.remove(name)
     if everything:  # settings and manifests of the user's own stay
-        for name in FOLDERS:
-            shutil.rmtree(home() / name, ignore_errors=True)
-        for name in FILES:
-            (home() / name).unlink(missing_ok=True)
+        with store.locked(output.remark):  # an install that began meanwhile keeps what it has fetched till it is done
+            for name in FOLDERS:
+                shutil.rmtree(home() / name, ignore_errors=True)
+            for name in FILES:
+                (home() / name).unlink(missing_ok=True)
+        (home() / LOCK).unlink(missing_ok=True)
     document: dict[str, Any] = {
         "schema": "kleinctl.uninstall/1",
         "files": [str(path) for each in removed for path in each.files],

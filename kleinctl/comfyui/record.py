@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kleinctl import documents, store
+from kleinctl import atomic, documents, store
 from kleinctl.home import home, models_folder
 from kleinctl.problem import KleinctlError, Problem
 
@@ -127,10 +127,8 @@ def paths_file() -> Path:
         if file.read_text(encoding="utf-8") == f"{text}\n":
             return file
     store.make_folder(file.parent)
-    beside = file.with_name(f".{file.name}.tmp")
     with store.writing(file):
-        beside.write_text(f"{text}\n", encoding="utf-8")
-        beside.replace(file)
+        atomic.write_text(file, f"{text}\n")
     return file
 
 

@@ -139,6 +139,8 @@ def _document(path: Path) -> Any:
     try:
         if path.stat().st_size > MAX_BYTES and path.suffix.lower() != ".png":
             raise _Unreadable(f"it is larger than {MAX_BYTES // 2**20} MiB")
+        if not path.is_file() and not path.is_dir():
+            raise _Unreadable("it is a pipe or a device, and no file")
         with path.open("rb") as file:
             start = file.read(len(pngtext.SIGNATURE))
             text = (

@@ -207,8 +207,20 @@ def move_file(request: Request) -> Plan:
         raise request.refuse(f"{to} exists already")
     if to.suffix != path.suffix and to.name not in WRITABLE_NAMES:
         raise request.refuse(f"{to} has another suffix")
+    _check_link(request, path, to)
     step = Moved("moved", str(path), str(to), missing_folders(to))
     return _moving(request, step, f"move {path} to {to}", None)
+
+
+def _check_link(request: Request, path: Path, to: Path) -> None:
+    """Raise where `path` is a link that would lead nowhere, or elsewhere, from `to`."""
+    if path.is_symlink() and os.path.realpath(to.parent / path.readlink()) != os.path.realpath(path):
+        refused = request.refuse(f"{path} is a link, to {path.readlink()}, which leads elsewhere from {to.parent}")
+        *make, _ = move_by_hand(path, to)
+        real = os.path.realpath(path)
+        link = f'mklink "{to}" "{real}"' if os.name == "nt" else shell("ln", "-s", real, to)
+        fix = " && ".join((*make, link, shell("del" if os.name == "nt" else "rm", path)))
+        raise KleinctlError(replace(refused.problem, fix=fix))
 
 
 def _file(request: Request) -> Path:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kleinctl import documents
+from kleinctl import atomic, documents
 from kleinctl.problem import KleinctlError
 
 if TYPE_CHECKING:
@@ -125,9 +125,7 @@ def write(home: Path, rates: Rates) -> Path:
     """
     path = home / FILE
     home.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(document(rates), indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    atomic.write_text(path, json.dumps(document(rates), indent=1) + "\n")
     return path
 
 

@@ -217,12 +217,23 @@ def _log(path: Path, kind: str) -> Log:
     from kleinctl.logs import readable
 
     with path.open("rb") as file:
+        start = file.read(2)
         size = file.seek(0, 2)
-        file.seek(max(0, size - TAIL_BYTES))
+        file.seek(max(0, size - TAIL_BYTES) // 2 * 2)  # UTF-16 is read two bytes at a time
         raw = file.read(TAIL_BYTES)
-    text = raw.decode("utf-16-le" if raw[1:200:2].count(0) > 50 else "utf-8", "replace")
-    lines = readable(text)
+    lines = readable(decoded(raw, start))
     return Log(path.name, kind, "\n".join(lines[1:] if size > TAIL_BYTES else lines))
+
+
+def decoded(raw: bytes, start: bytes) -> str:
+    """The text of a log, or of its end: UTF-8, or what PowerShell's `>` writes (UTF-16). `start` is how the log begins.
+
+    In letters that are not Latin, only the mark at the start tells UTF-16; read as UTF-8, a name would not be found.
+    """
+    swapped, odd = start[:2] == b"\xfe\xff", raw[1:200:2]
+    if swapped or start[:2] == b"\xff\xfe" or odd.count(0) > len(odd) // 2:
+        return raw.decode("utf-16-be" if swapped else "utf-16-le", "replace").removeprefix("\ufeff")
+    return raw.decode("utf-8-sig", "replace")
 
 
 def readme(document: Mapping[str, Any]) -> str:

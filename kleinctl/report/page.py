@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from kleinctl import atomic
 from kleinctl.problem import KleinctlError, Misuse, Problem
 from kleinctl.units import bytes_text, gib, seconds_text
 
@@ -64,7 +65,7 @@ def write(path: Path, text: str, command: str) -> None:
         if path.exists() and path.stat().st_size and not _is_page(path):
             what, why = f"{path} is no page of kleinctl's", "Only such a page is written over."
             raise Misuse(Problem(what, why, command, name="usage", path=str(path)))
-        path.write_text(text, encoding="utf-8", errors="replace")
+        atomic.write_text(path, text, errors="replace")
     except OSError as error:
         raise KleinctlError(
             Problem(f"{path} cannot be written", f"{error.strerror}.", fix, name="output-unwritable", path=str(path))

@@ -243,7 +243,8 @@ def flat(facts: Facts) -> dict[str, Any]:
 
 def _entry_name(title: str, entry: Mapping[str, Any]) -> str:
     if title == "file":
-        return f"file {entry['place']} {entry['folder']}/{re.split(r'[/]', str(entry['path']))[-1]}"
+        name = re.split(r"[\\/]", str(entry["path"]))[-1]
+        return f"file {entry['place']} {entry['folder']}/{name}"
     return f"{title} {entry['name']}"
 
 

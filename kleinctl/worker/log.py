@@ -27,7 +27,7 @@ class WorkerLog:
         self._writing = threading.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("wb")
+            self._file = self.path.open("wb", buffering=0)
         except OSError as error:
             raise KleinctlError(
                 Problem(
@@ -45,13 +45,15 @@ class WorkerLog:
         self._thread.start()
 
     def write(self, line: bytes) -> None:
-        """Add one line."""
+        """Add one line; a disk that is full ends the file, but not the copying, or the worker would wait for ever."""
         with self._writing:
             self.tail.extend(readable(line.decode("utf-8", "replace").rstrip("\n")))
             if self._room > 0 and not self._file.closed:
                 self._room -= len(line)
-                self._file.write(line if self._room > 0 else b"[this log is full]\n")
-                self._file.flush()
+                try:
+                    self._file.write(line if self._room > 0 else b"[this log is full]\n")
+                except OSError:
+                    self._room = 0
 
     def join(self) -> None:
         """Wait until all that the worker has said is in the file."""
@@ -64,4 +66,5 @@ class WorkerLog:
             if not inside:
                 self.write(piece + b" [cut]\n" if cut else piece)
             inside = cut
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()

@@ -210,6 +210,13 @@ def test_the_big_card_is_taken_and_the_small_one_used():
     assert "(ollama)" in problem.why
 
 
+def test_a_larger_card_that_is_slower_is_not_called_taken():
+    hardware = recorded("two-cards")
+    old = replace(hardware.gpus[0], name="Tesla P40", compute_capability="6.1", vram_free_bytes=20 * GB, processes=())
+    hardware = replace(hardware, gpus=(old, hardware.gpus[1]))
+    assert (hardware.gpu, problems(hardware)) == (hardware.gpus[1], {})
+
+
 def test_a_number_that_means_another_card():
     hardware = recorded("two-cards")
     hardware = replace(hardware, gpus=(replace(hardware.gpus[0], vram_free_bytes=24 * GB), hardware.gpus[1]))

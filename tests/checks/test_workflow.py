@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +112,13 @@ def test_a_file_that_is_no_workflow(judge, tmp_path):
     assert problem.name == "workflow-unreadable"
     assert problem.what == "a.json is no workflow that can be read"
     assert problem.why.endswith("; it has neither nodes nor class_type: no workflow of ComfyUI.")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_pipe_where_a_workflow_belongs_keeps_nobody_waiting(judge, tmp_path):
+    os.mkfifo(tmp_path / "a.json")
+    (problem,) = judge(tmp_path / "a.json")
+    assert problem.name == "workflow-unreadable" and "a pipe or a device" in problem.why
 
 
 def test_what_the_page_saves_is_not_what_the_server_takes(judge, tmp_path):

@@ -16,7 +16,9 @@ from click.testing import CliRunner
 
 from kleinctl import Fit, comfyui, environment, store
 from kleinctl.cli import install as install_command
+from kleinctl.cli import models as models_command
 from kleinctl.cli import uninstall as uninstall_command
+from kleinctl.cli import verify as verify_command
 from kleinctl.comfyui import find, record
 from kleinctl.home import manifests_folder
 from kleinctl.manifest import Shape
@@ -251,6 +253,49 @@ def test_options_of_comfyui_with_another_backend(monkeypatch):
     monkeypatch.setattr(InComfyui, "layout", "diffusers")
     problem, _ = install("--comfyui-ref", "v0.29.0")
     assert problem.what == "--comfyui-ref wants --backend comfy"
+
+
+def test_another_precision_is_what_verify_and_models_look_at(house):
+    def models() -> dict[str, Any]:
+        rows = json.loads(run(models_command.command, "--json")[1])["models"]
+        return next(row for row in rows if row["model"] == "klein-small")
+
+    assert install("--precision", "bf16")[0] == 0
+    code, said = run(verify_command.command)
+    assert code == 0 and "3 parts" in said
+    right, size = models(), sum(len(FILES[name]) for name in there())
+    assert (right["parts"], right["parts_here"], right["bytes"]) == (3, 3, size)
+
+    folder = store.model_folder("klein-small", "comfyui")
+    (folder / "diffusion_models" / "klein.safetensors").write_bytes(b"mine")
+    (folder / "vae" / "vae.safetensors").unlink()
+    code, said = run(verify_command.command, "klein-small")
+    assert code == 1 and "klein.safetensors is not klein-small/klein" in said and "klein-fp8" not in said
+    assert said.count("hint: kleinctl install --model klein-small --precision bf16\n") == 2
+    assert install("--precision", "bf16")[0] == 0 and run(verify_command.command)[0] == 0
+
+    (folder / "vae" / "vae.safetensors").unlink()  # of all precisions
+    assert "klein-fp8" not in install("--dry-run")[1]
+
+
+def test_what_puts_a_part_right_names_a_backend_that_has_it_there(house):
+    text = manifest().replace('to = { comfyui = "vae/vae', 'to = { diffusers = "vae/v", comfyui = "vae/vae')
+    (manifests_folder() / "klein-small.toml").write_text(text)
+    install()
+    (store.model_folder("klein-small", "comfyui") / "vae" / "vae.safetensors").unlink()
+    _, said = run(verify_command.command)
+    assert "hint: kleinctl install --model klein-small --backend comfy-test\n" in said
+
+
+def test_a_licence_is_asked_for_before_a_comfyui_comes_and_the_hint_installs_the_same(house):
+    text = manifest().replace("accept_licence = false", "accept_licence = true")
+    (manifests_folder() / "klein-small.toml").write_text(text)
+    for more in ([], ["--dry-run"]):
+        problem, said = install("--precision", "bf16", *more)
+        line = "kleinctl install --model klein-small --backend comfy --precision bf16 --accept-licence"
+        assert more or (problem.name, problem.fix) == ("licence-not-accepted", line)
+        assert not more or f"hint: {line}\n" in said
+    assert comfyui.known() is None and not house.requests and environment.names() == []
 
 
 def test_all_of_it_goes_away_again():

@@ -83,6 +83,33 @@ def test_a_job_is_written_as_a_workflow_and_its_path_is_the_answer(kleinctl, tmp
     assert not (tmp_path / "b.json").exists()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links want a right on Windows")
+def test_a_workflow_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+    from kleinctl import workflows
+
+    class Full:
+        def workflow(self, model, job):
+            return {"nodes": ["\N{CAT}"]}
+
+    def full(path, text, **_):
+        path.write_bytes(text.encode()[:5])
+        raise OSError(28, "No space left on device")
+
+    file = tmp_path / "mine.json"
+    file.write_text("mine")
+    monkeypatch.setattr(workflows, "runner", lambda plugins, backend: Full())
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "write_text", full)
+        with pytest.raises(KleinctlError) as failure:
+            workflows.write(None, None, None, None, file)
+    assert failure.value.problem.name == "output-unwritable"
+    assert (file.read_text(), [path.name for path in tmp_path.iterdir()]) == ("mine", ["mine.json"])
+    link = tmp_path / "link.json"
+    link.symlink_to(file)
+    workflows.write(None, None, None, None, link)
+    assert link.is_symlink() and "nodes" in file.read_text()
+
+
 @pytest.mark.parametrize("typed", [("--steps", "8"), ("--guidance", "2")], ids=lambda typed: typed[0])
 def test_what_a_workflow_keeps_is_not_taken_and_then_left_out(kleinctl, tmp_path, typed):
     (tmp_path / "a.json").write_text("{}")

@@ -6,7 +6,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kleinctl_plugins import holding
 from kleinctl_plugins.holding import Task
@@ -25,6 +25,7 @@ def task(model: Model = MODELS["klein-4b"], side: int = 1024, card: str = "RTX 4
     return Task.of(model, imagine(card, 64 * GIB), default_job(model, width=side, height=side))
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(["klein-4b", "klein-base-4b", "klein-9b"]),
     SIDES,
@@ -47,6 +48,7 @@ def test_a_plan_stays_within_its_room_and_every_unit_can_be_had(name, side, room
             assert set(held.read) == set(units)
 
 
+@settings(deadline=None)
 @given(SIDES, st.integers(3 * GIB, 24 * GIB))
 def test_more_room_is_never_slower(side, room):
     less, more = (holding.fastest(task(side=side), each, 40 * GIB) for each in (room, room + GIB))
@@ -62,6 +64,7 @@ def test_cards_from_four_gigabytes_up_run_klein(gibibytes, ram, strategy):
     assert plan is not None and strategy in plan.strategy
 
 
+@settings(deadline=None)
 @given(st.integers(int(3.6 * GIB), 24 * GIB), st.integers(0, 14 * GIB))
 def test_less_ram_makes_slower_and_refuses_no_card(room, host):
     less, more = (holding.fastest(task(), room, each + holding.READER_BYTES) for each in (host, host + GIB))
@@ -85,6 +88,7 @@ def test_little_ram_means_reading_again_instead_of_pinning():
     assert plan.encoder.read and not plan.transformer.read
 
 
+@settings(deadline=None)
 @given(SIDES, st.integers(2 * GIB, 24 * GIB), st.integers(0, 16 * GIB))
 def test_stepping_down_comes_to_an_end(side, room, host):
     """With little RAM the smallest plan that is allowed takes more of the card than the smallest there is."""
@@ -110,6 +114,7 @@ def test_without_a_card_the_context_is_not_counted():
     assert Task.of(model, Hardware(), job).base_bytes == model.shape.vae_bytes
 
 
+@settings(deadline=None)
 @given(SIDES, st.integers(4 * GIB, 20 * GIB), st.integers(0, GIB))
 def test_for_a_larger_picture_the_last_to_come_go_first(side, room, less):
     """So that what they leave lies together: torch gives back no less than whole pieces."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -112,6 +113,23 @@ def test_a_file_name_that_is_html_stays_text(document):
     text = page.doctor(document)
     assert "<script>alert" not in text
     assert "&lt;script&gt;alert(1)" in text
+
+
+def test_a_page_stays_as_it_was_where_the_disk_is_full(text, tmp_path, monkeypatch):
+    path, link = tmp_path / "page.html", tmp_path / "link.html"
+    link.symlink_to(path)
+    page.write(link, text, "kleinctl doctor --html PAGE.html")
+    assert link.is_symlink() and path.read_text(encoding="utf-8") == text
+
+    def full(self: Path, said: str, **options: str) -> None:
+        self.write_bytes(said[:100].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(KleinctlError, match="cannot be written"):
+        page.write(path, f"{text} ", "kleinctl doctor --html PAGE.html")
+    assert path.read_text(encoding="utf-8") == text
+    assert sorted(tmp_path.iterdir()) == [link, path]
 
 
 @needs_browser

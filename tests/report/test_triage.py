@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -334,6 +335,40 @@ def test_a_report_of_this_machine_and_its_diagnosis_elsewhere(empty_home, tmp_pa
     assert "error[text-encoder-width]" in elsewhere.stdout
     again = kleinctl("report", "-o", "mine.zip")
     assert (again.exit_code, "mine.zip exists" in again.stderr) == (2, True)
+
+
+def test_a_log_that_powershell_wrote_hides_a_name_in_other_letters_too(tmp_path, kleinctl):
+    said = "Пользователь Скворцов: папка D:\\Скворцов\\x не найдена\n"
+    for lines in (1, 3000):  # the second is longer than what is kept of a log, and begins without the mark of UTF-16
+        for encoding in ("utf-16-le", "utf-16-be"):
+            (tmp_path / "said.txt").write_bytes(("\ufeff" + said * lines).encode(encoding))
+            answer = kleinctl("report", "--json", "--log", "said.txt", USERNAME="Скворцов")
+            tail = next(log["tail"] for log in json.loads(answer.stdout)["logs"] if log["kind"] == "given")
+            first = re.match(r"Пользователь (USER_\d+_é): папка D:\\FOLDER_\d+_é\\", tail)
+            assert first, tail[:100]
+            assert tail.count(first[1]) == tail.count("Пользователь")
+
+
+def test_reports_from_windows_are_judged_and_paired_as_there():
+    def of(separator: str, start: str) -> Facts:
+        """Facts with a VAE of another model, recorded in the folder `start`."""
+        file = machines.weights_file("VAE", folder="vae")
+        document = json.loads(json.dumps(Facts(machines.hardware("rtx-4090"), files=(file,)).to_json()))
+        given = document["files"][0]
+        for each in (given, given["identity"]):
+            each["path"] = separator.join((start, "models", "klein-4b", "diffusers", "vae", "x y.safetensors"))
+        given |= {"model": "klein-4b", "role": "vae", "family": "flux2"}
+        given["identity"] |= {"role": "vae", "family": "flux1"}
+        return Facts.from_json(document)
+
+    def told(facts: Facts) -> list[str]:
+        return [problem.what for problem in judge(Plugins(frozenset()), facts).problems]
+
+    linux, windows, other = of("/", "~/kleinctl"), of("\\", "C:\\Users\\USER_1"), of("\\", "~\\kleinctl")
+    assert [what for what in told(linux) if what.startswith("x y.safetensors ")]
+    assert told(windows) == told(other) == told(linux)
+    names = sorted(each.name for each in triage.differences(windows, other))
+    assert names == ["file ComfyUI vae/x y.safetensors.identity.path", "file ComfyUI vae/x y.safetensors.path"]
 
 
 def test_a_report_is_shown_before_it_is_written(tmp_path, kleinctl):
