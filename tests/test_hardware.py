@@ -736,6 +736,7 @@ def test_a_card_of_several_sizes_is_taken_to_be_the_smallest() -> None:
         ("RTX 4075 Ti", "RTX 4070 Ti", 'kleinctl plan --gpu "RTX 4070 Ti"'),
         ("RX 7900 XTX", "none has a name like it", 'kleinctl plan --gpu "RTX 4070"'),
         ("", "none has a name like it", 'kleinctl plan --gpu "RTX 4070"'),
+        ("GT 710", "none has a name like it", 'kleinctl plan --gpu "RTX 4070"'),
         ("RTX 4090 48GB", "It comes with 24 GB.", 'kleinctl plan --gpu "RTX 4090"'),
     ],
 )

@@ -173,7 +173,7 @@ def find_card(text: str, command: str = PLAN) -> tuple[Card, str]:
 def _unknown(text: str, command: str) -> Misuse:
     import difflib
 
-    near = difflib.get_close_matches(_key(text), list(_by_name()), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(_key(text), list(_by_name()), n=1, cutoff=0.7)
     card = _by_name()[near[0]][0] if near else _by_name()["4070"][0]
     nearest = f"the nearest name is {card.title}" if near else "none has a name like it"
     return Misuse(
