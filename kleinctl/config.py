@@ -42,7 +42,7 @@ def load_config(path: Path) -> dict[str, Any]:
         raise KleinctlError(
             Problem(f"{path} cannot be read", str(error.strerror), f"check who owns {path}", name="config-unreadable")
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or a number of thousands of digits
         raise KleinctlError(
             Problem(f"{path} is no valid TOML", f"{error}.", f"mend or remove {path}", name="config-broken")
         ) from None

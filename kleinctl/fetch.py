@@ -394,7 +394,7 @@ class _Fetch:
         if self.partial.size:
             headers["Range"] = f"bytes={self.partial.size}-"
             etag = self.partial.etag(public(url))
-            if etag and not etag.startswith("W/"):
+            if etag and not etag.startswith("W/") and etag.isascii() and etag.isprintable():  # else it is no header
                 headers["If-Range"] = etag
         with opened(url, headers, self.patience, self.part.name) as answer:
             if not self._begin(answer, source, url):

@@ -145,7 +145,8 @@ def read_safetensors(file: BinaryIO, size: int) -> Header:
 
 
 # As the library writes it: {"__metadata__":{...},"name":{"dtype":"BF16","shape":[3,4],"data_offsets":[0,24]},...}
-_ENTRY = re.compile(r'"([^"]*)":\{"dtype":"([^\]]*)\],"data_offsets":\[([^\]]*)\]\}')
+# Longer kinds and spans are past a limit anyway; without bounds each entry would be sought to the end of the text.
+_ENTRY = re.compile(r'"([^"]*)":\{"dtype":"([^\]]{0,200})\],"data_offsets":\[([^\]]{0,40})\]\}')
 _FIXED = len('"":{"dtype":"],"data_offsets":[]},')
 
 

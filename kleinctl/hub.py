@@ -150,7 +150,12 @@ def identity() -> dict[str, str]:
 @contextlib.contextmanager
 def opened(url: str, headers: dict[str, str], patience: Patience, name: str) -> Iterator[Answer]:
     """GET `url`, redirects followed by hand: the token goes to the host it is for, and to no other."""
-    client = _client()
+    try:
+        client = _client()
+    except (KleinctlError, OSError):
+        raise
+    except Exception:  # ImportError of a SOCKS proxy, ValueError or InvalidURL of one that is misspelt
+        raise Failed(_proxy_unusable()) from None
     http = sys.modules[type(client).__module__.partition(".")[0]]  # httpx with huggingface-hub 1.x, httpx2 with 2.x
     timeout = http.Timeout(patience.stall, connect=patience.connect)
     at = url
@@ -404,6 +409,22 @@ def _proxy(host: str) -> Problem:
         f"the proxy does not let kleinctl through to {host}",
         "A proxy that accepts us is wanted; the one in HTTPS_PROXY or HTTP_PROXY refused or does not answer.",
         "check HTTPS_PROXY and HTTP_PROXY (http://user:password@host:port)",
+        name="proxy-refused",
+    )
+
+
+def _proxy_unusable() -> Problem:
+    """Of a proxy that is no HTTP one. Its address is not told, for it may hold a password."""
+    kinds = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
+    kept = {name: value.partition("://") for name, value in os.environ.items() if name.upper() in kinds}
+    odd = [name for name, (scheme, there, _) in kept.items() if there and scheme.lower() not in ("http", "https")]
+    name = next(iter(odd or kept), "HTTPS_PROXY")
+    scheme = kept[name][0] if odd else ""
+    found = f"it names one of the kind {scheme[:20]}" if scheme.isalnum() else "its address is malformed"
+    return Problem(
+        f"the proxy of {name} cannot be used",
+        f"An HTTP proxy is wanted, as http://host:port, which most proxy programs have on a port of its own; {found}.",
+        f"unset {name}   # or let it name the HTTP port",
         name="proxy-refused",
     )
 

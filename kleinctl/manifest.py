@@ -424,7 +424,7 @@ def load(path: Path) -> Model:
         raise _invalid(str(path), [f"it cannot be read: {error.strerror}"]) from error
     except UnicodeDecodeError as error:
         raise _invalid(str(path), [f"line {raw[: error.start].count(10) + 1}: not UTF-8 text"]) from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not TOML, or a number of thousands of digits
         raise _invalid(str(path), [f"not TOML: {error}"]) from error
     return _build(document, text, str(path))
 

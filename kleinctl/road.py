@@ -5,6 +5,7 @@ What `up`, `install` and `run` share. Nothing is printed here; progress goes to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from kleinctl import environment as environments
 from kleinctl import generate, install, memory, store
 from kleinctl.backends import Budget, Job
 from kleinctl.environment import Environment
+from kleinctl.fetch import no_room
 from kleinctl.planner import Candidate, absent, choose, compare, default_job, precisions
 from kleinctl.problem import KleinctlError, Misuse, Problem, did_you_mean
 
@@ -167,6 +169,23 @@ def _fits(offers: Sequence[Offer], model: Model, hardware: Hardware, job: Job, s
 def files(way: Way, **choices: Any) -> install.InstallPlan:
     """What has to be fetched for `way`; see `install.plan_files`."""
     return install.plan_files(way.model, way.backend.layout, **choices)
+
+
+def room(way: Way, plan: install.InstallPlan, hardware: Hardware) -> Problem | None:
+    """The problem of a disk that takes the files of `plan`, but not beside them the environment that is to be built.
+
+    Raises:
+        KleinctlError: there is no torch for this machine.
+    """
+    where = place(way, hardware) if plan.disk_bytes else None
+    if where is None or where.environment is not None:
+        return None
+    made = plan_environment(way, where, hardware)
+    need = math.ceil(plan.disk_bytes * install.MARGIN) + made.download_bytes + made.disk_bytes
+    folder = store.existing_parent(made.folder)
+    if store.disk(folder) != store.disk(plan.folder) or need <= store.free_bytes(folder):
+        return None
+    return no_room(folder, need, store.free_bytes(folder))
 
 
 @dataclass(frozen=True)

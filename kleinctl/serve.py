@@ -175,7 +175,10 @@ def _message(text: bytes) -> Any:
 
 
 def server_lock() -> Path:
-    """The file that a running server holds locked; the system lets go of it when the server ends, however it ends."""
+    """The file that a running server holds locked; the system lets go of it when the server ends, however it ends.
+
+    It is the user's alone: whoever can read a file can lock it, and so keep the server from being started.
+    """
     return home() / "serve.lock"
 
 
@@ -328,7 +331,7 @@ def forgotten() -> bool:
     from filelock import FileLock, Timeout
 
     try:
-        with FileLock(server_lock(), timeout=0):
+        with FileLock(server_lock(), timeout=0, mode=0o600):
             server_file().unlink(missing_ok=True)
     except (Timeout, OSError):
         return False

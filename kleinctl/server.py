@@ -448,7 +448,7 @@ def only_one() -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     store.make_folder(serve.server_lock().parent)
-    lock = FileLock(serve.server_lock())
+    lock = FileLock(serve.server_lock(), mode=0o600)
     with store.writing(serve.server_lock()):
         try:
             lock.acquire(timeout=1.0)
@@ -499,10 +499,13 @@ def _accept(listener: socket.socket, server: Server, token: str, proof: str) -> 
         finally:
             seats.release()
 
-    with contextlib.suppress(OSError):  # the listener is closed
-        while True:
+    while listener.fileno() >= 0:  # until it is closed
+        try:
             connection, _ = listener.accept()
-            if seats.acquire(blocking=False):
-                threading.Thread(target=hear, args=(connection,), daemon=True).start()
-            else:
-                connection.close()
+        except OSError:  # a stranger hung up too soon, or there are too many open files
+            time.sleep(serve.SLICE_SECONDS)
+            continue
+        if seats.acquire(blocking=False):
+            threading.Thread(target=hear, args=(connection,), daemon=True).start()
+        else:
+            connection.close()

@@ -17,6 +17,8 @@ from kleinctl import KleinctlError, Problem
 
 #: Longest answer that is read, in bytes (a list of files may be long; a picture is larger), and how long one may pause.
 MAX_JSON, MAX_PICTURE, ANSWER_SECONDS = 8 * 2**20, 512 * 2**20, 30.0
+#: Seconds in which an answer is there to its end, and the most bytes that stand before it.
+WHOLE_SECONDS, MAX_HEAD = 300.0, 2**20
 #: Seconds between two looks at the queue, and after which a queue that does not move is said to hang.
 LOOK_SECONDS, HANG_SECONDS = 1.0, 600.0
 #: Seconds for which a job before ours may show no steps before that is told.
@@ -213,6 +215,8 @@ class Client:
         connection = http.client.HTTPConnection(self._host, self._port, timeout=ANSWER_SECONDS)
         try:
             headers = {"Content-Type": kind} if kind and data is not None else {}
+            connection.connect()
+            connection.sock = _Bounded(connection.sock, most + MAX_HEAD, WHOLE_SECONDS)
             connection.request("GET" if data is None else "POST", path, data, headers)
             answer = connection.getresponse()
             text = answer.read(most + 1)
@@ -302,24 +306,35 @@ class _Watch:
 
 
 class _Bounded(socket.socket):
-    """A connection that breaks where one message is longer than MAX_JSON, or comes for longer than ANSWER_SECONDS."""
+    """A connection that breaks where one message has more than `room` bytes, or comes for longer than `seconds`."""
 
-    def __init__(self, connected: socket.socket) -> None:
+    def __init__(self, connected: socket.socket, room: int, seconds: float) -> None:
         super().__init__(fileno=connected.detach())
         self.settimeout(ANSWER_SECONDS)
+        self._bounds = (room, seconds)
         self.begin()
 
     def begin(self) -> None:
         """Count anew."""
-        self._room, self._end = MAX_JSON, time.monotonic() + ANSWER_SECONDS
+        self._room, self._end = self._bounds[0], time.monotonic() + self._bounds[1]
 
     def recv(self, size: int, flags: int = 0) -> bytes:
         """Some of what has come."""
         data = super().recv(size, flags)
-        self._room -= len(data)
-        if self._room < 0 or time.monotonic() > self._end:
+        if self._past(len(data)):
             raise OSError("it does not end")
         return data
+
+    def recv_into(self, *given: Any) -> int:
+        """Some of what has come, as the standard library's HTTP asks for it."""
+        count = super().recv_into(*given)
+        if self._past(count):
+            raise TimeoutError("it does not end")
+        return count
+
+    def _past(self, count: int) -> bool:
+        self._room -= count
+        return self._room < 0 or time.monotonic() > self._end
 
 
 class _Events:
@@ -340,7 +355,8 @@ class _Events:
             # A browser's Origin is what ComfyUI compares with Host; a program sends none.
             # With a connection of our own no proxy that the environment names is asked.
             parts = urlsplit(self._url)
-            connected = _Bounded(socket.create_connection((parts.hostname, parts.port or 80), ANSWER_SECONDS))
+            plain = socket.create_connection((parts.hostname, parts.port or 80), ANSWER_SECONDS)
+            connected = _Bounded(plain, MAX_JSON, ANSWER_SECONDS)
             self._socket = self._connect(
                 self._url, ANSWER_SECONDS, socket=connected, suppress_origin=True, redirect_limit=0
             )

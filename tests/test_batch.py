@@ -429,6 +429,33 @@ def test_ctrl_c_in_a_batch_keeps_what_is_made_and_says_how_to_go_on(kleinctl, tm
     assert [path.name for path in (tmp_path / "klein-jobs").iterdir()] == [first.name]
 
 
+def test_every_size_that_is_rounded_is_told_though_it_is_drawn_as_another_is():
+    from kleinctl.cli.run import Here, Wanted, judged, way_of_batch
+
+    wanted = Wanted("klein-4b", None, {"width": 512, "height": 512}, (515, 515), None, None, (None, None))
+    wanted.__dict__["hardware"] = imagine("RTX 4060", 32 * GIB)
+    found = parsed(*(f'{{"prompt": "x", "size": "{size}"}}' for size in ("512x512", "510x510", "513x510")), PROMPT)
+    _, odd = judged(wanted, Here(wanted, way_of_batch(wanted, found)), found)
+    assert [each.what for each in odd] == [f"{size} is drawn as 512x512" for size in ("510x510", "513x510", "515x515")]
+
+
+@pytest.mark.parametrize("made", [1, 2])
+def test_ctrl_c_after_the_last_picture_promises_no_rest(made, tmp_path, capsys):
+    from kleinctl.cli.run import batch_pictures
+
+    left = [batch.Task(line, job(line), tmp_path / f"{line}.png", done=False) for line in (1, 2)]
+
+    def pictures(*arguments: object) -> None:
+        for task in left[:made]:
+            task.path.touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        batch_pictures(SimpleNamespace(pictures=pictures), parsed(PROMPT, PROMPT), left, tmp_path)
+    told = capsys.readouterr().err.replace("\n", " ")
+    assert f"{made} of 2 pictures are in" in told and ("goes on with the rest" in told) == (made < 2)
+
+
 def test_a_line_too_large_for_the_machine_is_one_error(monkeypatch):
     from kleinctl.cli.run import Here, Wanted, judged, way_of_batch
 

@@ -283,6 +283,14 @@ def test_a_setting_that_is_misspelt_is_named_with_the_one_that_was_meant(kleinct
     assert kleinctl("undo", "--list").exit_code == 0
 
 
+@pytest.mark.parametrize("value", ["1" * 5000, "[" * 5000 + "]" * 5000], ids=["digits", "brackets"])
+def test_a_setting_without_end_is_no_mistake_of_kleinctls(kleinctl, empty_home, value):
+    settings(empty_home, f"[run]\nsteps = {value}\n")
+    answer = kleinctl("models")
+    assert answer.exit_code == 1 and "error[config-broken]: " in answer.stderr
+    assert "config.toml is no valid TOML" in answer.stderr
+
+
 def test_a_table_that_is_named_after_no_command_is_named_with_the_one_that_was_meant(kleinctl, empty_home):
     settings(empty_home, '[hub]\ncertificates = "system"\n[runn]\nsteps = 8\n')
     answer = kleinctl("models")

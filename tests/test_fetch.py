@@ -167,6 +167,14 @@ def test_the_file_on_the_server_changed_meanwhile(hub: Hub, vae: Part):
     assert len(hub.gets()) == 2  # 200 with everything, for If-Range no longer holds
 
 
+def test_a_server_whose_name_of_a_version_is_no_header_is_resumed_without_it(hub: Hub, vae: Part):
+    partial_file(vae).parent.mkdir(parents=True)
+    partial_file(vae).write_bytes(BYTES[:300_000])
+    note = {"url": f"{hub.url}/{REPO}/resolve/main/vae.safetensors", "etag": '"é"', "size": len(BYTES)}
+    partial_file(vae).with_name(partial_file(vae).name + ".json").write_text(json.dumps(note), encoding="utf-8")
+    assert got(vae) == BYTES
+
+
 def test_bytes_left_by_another_version_are_cut_off(hub: Hub, vae: Part):
     downloads_folder().mkdir(parents=True)
     partial_file(vae).write_bytes(BYTES + b"more")
@@ -446,6 +454,23 @@ def answer_with_tls(server: socket.socket, context: ssl.SSLContext) -> None:
                 connection.close()
     except OSError:
         pass
+
+
+@pytest.mark.parametrize(
+    ("variable", "address", "found"),
+    [
+        ("ALL_PROXY", "socks5://ann:secret@127.0.0.1:1080", "the kind socks5"),
+        ("HTTPS_PROXY", "http://a:b:c", "malformed"),
+    ],
+)
+def test_a_proxy_that_is_none_for_http(variable: str, address: str, found: str):
+    code = "from kleinctl import hub; problem = hub.reachable('http://127.0.0.1:9'); print(problem.to_json())"
+    env = {name: value for name, value in os.environ.items() if not name.upper().endswith("_PROXY")}
+    told = subprocess.run(
+        [sys.executable, "-c", code], env={**env, variable: address}, capture_output=True, text=True, timeout=60
+    )
+    assert told.stderr == "" and "secret" not in told.stdout
+    assert "proxy-refused" in told.stdout and found in told.stdout and f"unset {variable}" in told.stdout
 
 
 def test_an_endpoint_that_is_no_address(vae: Part, monkeypatch: pytest.MonkeyPatch):

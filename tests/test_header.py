@@ -113,6 +113,14 @@ def test_the_most_tensors_that_are_accepted_stay_within_bounds():
     assert len(found.tensors) == len(many) and peak < 300_000_000
 
 
+@pytest.mark.parametrize("entry", ['"x":{"dtype":"', '"":{"dtype":"],"data_offsets":['])
+def test_a_short_header_of_entries_that_nearly_fit_is_judged_at_once(entry):
+    start = time.process_time()
+    with pytest.raises(BadHeader, match="is no JSON"):
+        parse(with_json("{" + entry * (formats.SMALL // len(entry) - 1)))
+    assert time.process_time() - start < 5
+
+
 def test_a_header_longer_than_any_known_one_is_not_read_either():
     front = struct.pack("<Q", formats.MAX_READ + 1) + b'{"a'
     with pytest.raises(BadHeader, match="is 32,000,001 bytes long"):

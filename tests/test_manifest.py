@@ -309,6 +309,8 @@ def test_a_manifest_that_cannot_be_read(tmp_path):
     assert why(tmp_path / "long.toml") == "it is longer than 1048576 bytes"
     (tmp_path / "deep.toml").write_bytes(b"a = " + b"[" * 100_000)
     assert why(tmp_path / "deep.toml").startswith("not TOML")
+    (tmp_path / "long.toml").write_text("a = " + "1" * 5000)
+    assert why(tmp_path / "long.toml").startswith("not TOML")
     (tmp_path / "parts.toml").write_text('schema = "kleinctl.manifest/1"\npart = [1, 2]\n')
     assert "[[part]] 1" in why(tmp_path / "parts.toml")
 

@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pytest
 from kleinctl import serve
 from kleinctl.home import server_file
 from kleinctl.records import read_record
-from kleinctl.server import only_one
+from kleinctl.server import _accept, only_one
 from tests.test_cli import conforms
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals")
@@ -254,6 +255,14 @@ def test_memory_is_freed_when_asked_and_the_next_job_loads_again(server, kleinct
     assert state(kleinctl)["loaded"] is True
 
 
+def test_free_says_what_it_waits_for(server, start, kleinctl):
+    start("run", "slow", *ANYWAY)
+    until(working=True)
+    answer = kleinctl("serve", "--free")
+    assert "waiting: a run has the model" in answer.stderr and "not loaded" in answer.stdout
+    assert "waiting" not in kleinctl("serve", "--free").stderr
+
+
 def test_memory_is_freed_by_itself_after_a_while_without_a_job(moody, start, kleinctl):
     server = start("serve", "--model", "klein-tiny", "--backend", "moody", "--idle", "1").says("waiting for jobs")
     server.says("memory freed after 1 s without a job")
@@ -282,11 +291,36 @@ def test_strangers_are_told_nothing_and_hold_nobody_up(server, kleinctl, empty_h
     assert state(kleinctl)["running"]
 
 
+def test_a_stranger_who_hangs_up_too_soon_does_not_make_the_server_deaf(monkeypatch):
+    monkeypatch.setattr(serve, "SLICE_SECONDS", 0.01)
+    ours, theirs = socket.socketpair()
+    given = [ConnectionAbortedError(), OSError("too many open files"), ours]
+    heard = threading.Event()
+
+    class Listener:
+        def fileno(self):
+            return 3 if given else -1
+
+        def accept(self):
+            if isinstance(given[0], OSError):
+                raise given.pop(0)
+            return given.pop(0), None
+
+    class Deaf:
+        def hear(self, connection, token, proof):
+            heard.set()
+
+    with ours, theirs:
+        _accept(Listener(), Deaf(), "token", "proof")
+        assert heard.wait(5)
+
+
 def test_a_second_server_is_refused_and_the_secrets_are_in_one_private_file_alone(server, kleinctl, empty_home):
     second = kleinctl("serve", "--model", "klein-tiny")
     assert second.exit_code == 1 and "error[server-running]: a server runs already" in second.stderr
     home = empty_home / "kleinctl"
     assert stat.S_IMODE((home / "serve.json").stat().st_mode) == 0o600
+    assert stat.S_IMODE((home / "serve.lock").stat().st_mode) == 0o600  # who could read it could lock it
     assert kleinctl("run", "next", *ANYWAY).exit_code == 0
     token = json.loads((home / "serve.json").read_text())["token"]
     worker = children(server.process)[0]

@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -174,6 +176,53 @@ def test_a_card_and_no_network_allowed_runs_what_is_here(monkeypatch, capsys):
     way, _ = up.choose(Plugins(frozenset()), imagine("RTX 4090", 32 * GIB), None, None, {}, False, accept=False)
     assert way.model.name == "klein-tiny"
     assert "so klein-tiny runs instead" in capsys.readouterr().err
+
+
+def test_what_would_help_is_told_before_the_miniature_runs_instead(monkeypatch, capsys):
+    monkeypatch.setattr("kleinctl.fetch.reachable", lambda *given, **named: None)
+    way, _ = up.choose(Plugins(frozenset()), imagine("GTX 1060", 16 * GIB), None, None, {}, False, accept=False)
+    told = capsys.readouterr().err
+    assert way.model.name == "klein-tiny" and "klein-4b does not fit this machine at 1024x1024" in told
+    assert "hint: --size 256x256\nso klein-tiny runs instead" in told
+    smaller = {"width": 256, "height": 256}
+    way, _ = up.choose(Plugins(frozenset()), imagine("GTX 1060", 16 * GIB), None, None, smaller, False, accept=False)
+    assert way.model.name == "klein-4b"
+
+
+def test_room_for_the_files_and_not_for_the_environment_is_told_before_anything_is_fetched(monkeypatch, capsys):
+    monkeypatch.setattr("kleinctl.fetch.reachable", lambda *given, **named: None)
+    monkeypatch.setattr("kleinctl.store.free_bytes", lambda folder: 18 * 10**9)
+    plugins, hardware = Plugins(frozenset()), imagine("RTX 4070", 16 * GIB)
+
+    def chosen() -> str:
+        return up.choose(plugins, hardware, "klein-4b", None, {}, False, accept=False)[0].model.name
+
+    with monkeypatch.context() as fresh, pytest.raises(KleinctlError) as caught:
+        fresh.setattr("kleinctl.environment.find", lambda *given, **named: None)
+        chosen()
+    assert caught.value.problem.name == "disk-full" and "18.0 GB free" in caught.value.problem.why
+    with monkeypatch.context() as built:
+        built.setattr("kleinctl.environment.find", lambda *given, **named: plugins)  # as good as one that is there
+        assert chosen() == "klein-4b"
+
+
+def test_a_hub_that_takes_its_time_is_no_reason_for_the_miniature(monkeypatch):
+    class Slow(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            time.sleep(3.5)
+            self.send_response(200)
+            self.end_headers()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    try:
+        way, _ = up.choose(Plugins(frozenset()), imagine("RTX 4070", 16 * GIB), None, None, {}, False, accept=False)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert way.model.name == "klein-4b"
 
 
 def test_a_part_exchanged_for_one_of_the_same_size_is_found_before_it_is_used(run, tmp_path, empty_home):

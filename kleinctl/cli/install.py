@@ -91,6 +91,8 @@ def command(
     builds = way.candidate.runs or where.environment is not None or in_comfyui
     if builds and (comfy is None or comfy.plan is None):  # one of kleinctl's own has room for the worker
         steps.show_environment(way, where, hardware)
+        crowded = road.room(way, plan, hardware) if comfy is None else None
+        plan = replace(plan, problems=(*plan.problems, crowded)) if crowded and not plan.problems else plan
     if dry_run:
         if as_json:
             output.print_json(_document(plan, comfy))

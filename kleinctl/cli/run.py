@@ -313,9 +313,10 @@ def judged(wanted: Wanted, place: Place, batch: Batch) -> tuple[list[Fault], lis
     faults: list[Fault] = []
     odd: dict[str, Problem] = {}
     for changes, own in batches.demands(batch.lines, wanted.changes):
-        asked = own[0].asked or (None if "width" in own[0].says else wanted.typed)
+        job = default_job(place.model, **changes)
         try:
-            odd.update((each.what, each) for each in place.judged(default_job(place.model, **changes), asked))
+            for asked in dict.fromkeys(line.asked or wanted.typed for line in own):  # drawn alike, typed otherwise
+                odd.update((each.what, each) for each in place.judged(job, asked))
         except KleinctlError as error:
             faults += [batches.fault(batch.name, line.number, error.problem) for line in own]
     return faults, list(odd.values())
@@ -340,8 +341,8 @@ def batch_pictures(place: Place, batch: Batch, left: Sequence[Task], folder: Pat
     try:
         return place.pictures(jobs, outputs, None, [batch.origin(task.line) for task in left])
     except KeyboardInterrupt:
-        made = sum(task.path.exists() for task in left)
-        output.remark(f"\n{made} of {len(left)} pictures are in {folder}; the same command goes on with the rest")
+        made, rest = sum(task.path.exists() for task in left), "; the same command goes on with the rest"
+        output.remark(f"\n{made} of {len(left)} pictures are in {folder}{rest if made < len(left) else ''}")
         raise
 
 

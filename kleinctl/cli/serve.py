@@ -158,6 +158,8 @@ def manage(*, free: bool, stop: bool, as_json: bool) -> int:
         raise KleinctlError(Problem("no server runs", why, "kleinctl serve", name="server-not-running"))
     state = server.state if server is not None else None
     if server is not None and free:
+        if server.state.working:
+            output.remark("  waiting: a run has the model; its memory is freed when that ends, also after Ctrl-C here")
         state = server.free()
     if server is not None and stop:
         server.end()

@@ -106,6 +106,7 @@ def choose(
     from kleinctl import road
     from kleinctl.cli import steps
     from kleinctl.fetch import reachable
+    from kleinctl.hub import PATIENT
 
     models = plugins.models_for(model)
     if not models:
@@ -117,9 +118,10 @@ def choose(
                 raise road.no_way(plugins, each, backend, hardware, changes)
             steps.accept_licence(each, yes=accept)
             plan = road.files(found[0], allow_unverified=allow_unverified)
-            if plan.problems:
-                raise KleinctlError(plan.problems[0])
-            unreachable = reachable() if plan.fetch_bytes else None
+            for problem in (*plan.problems, road.room(found[0], plan, hardware)):
+                if problem is not None:
+                    raise KleinctlError(problem)
+            unreachable = reachable(timeout=PATIENT.connect) if plan.fetch_bytes else None  # as patient as the download
             if unreachable is not None:
                 raise KleinctlError(unreachable)
             if each is not models[0]:
@@ -128,10 +130,11 @@ def choose(
         except KleinctlError as error:
             if each is models[-1]:
                 raise
-            output.remark(f"{error.problem.what}: {error.problem.why}")
             missing = reachable() if error.problem.name == "does-not-fit" and not each.is_packaged else None
-            if missing is not None:
-                output.remark(f"{missing.what}: {missing.why}")
+            for problem in filter(None, (error.problem, missing)):
+                output.remark(f"{problem.what}: {problem.why}")
+                if f"--model {models[-1].name}" not in problem.fix:  # which is done at once
+                    output.remark(f"hint: {problem.fix}")
     raise AssertionError("the last model either runs or raises")
 
 

@@ -200,8 +200,10 @@ def carry_out(
         raise KleinctlError(problem)
     with store.locked(say):
         program = checkout.bring(asked.wanted, say)
-    environment = environments.build(packages.plan(program, hardware, cuda, requires), on_event)
-    with store.locked(say):
+    environments.build(packages.plan(program, hardware, cuda, requires), on_event)
+    with store.locked(say):  # another install may have ended meanwhile, and have tidied away what it does not use
+        program = checkout.bring(asked.wanted, say)
+        environment = environments.build(packages.plan(program, hardware, cuda, requires), on_event)
         return _use(program, asked.wanted, environment, say)
 
 

@@ -134,7 +134,7 @@ def set_config(request: Request) -> Plan:
     wanted = {**settings, table: {**settings.get(table, {}), key: tomllib.loads(f"x = {literal}")["x"]}}
     try:
         understood = tomllib.loads(text) == wanted
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         understood = False
     if not understood:
         raise request.refuse(

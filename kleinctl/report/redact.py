@@ -496,7 +496,7 @@ def _exactly(text: str) -> str:
 
 
 def _home(path: str) -> str:
-    lead = r"[\\/]+" if path[0] in "\\/" else ""
+    lead = r"(?<![\\/])[\\/]+" if path[0] in "\\/" else ""  # a row of slashes is looked at once
     return lead + r"[\\/]+".join(map(_spelled, re.findall(r"[^\\/]+", path))) + r"(?![\w-])"
 
 

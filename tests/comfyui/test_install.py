@@ -268,6 +268,23 @@ def test_an_upgrade_that_is_interrupted_at_the_end_is_finished_by_the_next_insta
     assert checkout.programs() == [comfyui.known().path] and not old.path.exists()
 
 
+def test_what_another_install_tidies_away_meanwhile_is_brought_again(repository, no_pip, monkeypatch):
+    have("v0.28.0")
+    build, others = environment.build, [lambda: have("v0.28.0")]
+
+    def built(*arguments: object) -> object:
+        made = build(*arguments)
+        if others:
+            others.pop()()
+        return made
+
+    monkeypatch.setattr(environment, "build", built)
+    told = have("v0.29.0")
+    used = comfyui.known()
+    assert used.version == "0.29.0" and comfyui.trouble(used) is None and used.python.exists()
+    assert checkout.programs() == [used.path] and sum(line.startswith("fetching v0.29.0") for line in told) == 2
+
+
 # Bad input
 
 

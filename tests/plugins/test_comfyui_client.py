@@ -330,6 +330,37 @@ def test_a_websocket_that_never_lets_go_is_left(monkeypatch, piece):
         assert (events.next(0.2), events.open) == (None, False)
 
 
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 4000\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("start", "piece"),
+    [(HEAD, b" "), (b"", b"HTTP/1.1 100 Continue\r\n\r\n")],
+    ids=["a byte at a time", "always about to answer"],
+)
+def test_an_answer_that_never_ends_is_not_waited_for(monkeypatch, start, piece):
+    monkeypatch.setattr(comfyui_client, "WHOLE_SECONDS", 0.3)
+    over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def trickle():
+            asked, _ = listening.accept()
+            with asked, contextlib.suppress(OSError):
+                asked.sendall(start)
+                while not over.wait(0.02):
+                    asked.sendall(piece)
+
+        thread = threading.Thread(target=trickle, daemon=True)
+        thread.start()
+        threading.Timer(5, over.set).start()
+        began = time.monotonic()
+        with pytest.raises(comfyui_client.Hung, match="gave no answer: it does not end"):
+            Client(f"http://127.0.0.1:{listening.getsockname()[1]}").ask("/queue")
+        assert time.monotonic() - began < 3
+        over.set()
+        thread.join(5)
+
+
 def test_a_refusal_keeps_its_status_and_its_text():
     with Double(error="missing-unet") as double, pytest.raises(Refused) as refused:
         Client(double.url).run(graph(), lambda *event: None)

@@ -278,6 +278,15 @@ def test_no_rule_takes_long_on_a_line_that_nearly_matches():
     assert time.perf_counter() - start < 10
 
 
+@pytest.mark.parametrize("slash", ["/", "\\"])
+def test_a_row_of_slashes_as_long_as_the_end_of_a_log_does_not_hold_a_report_up(slash):
+    import time
+
+    start = time.perf_counter()
+    assert "grete" not in redactor().text(slash * 2**16 + f" /home/grete/x and {slash * 9}home/grete/y")
+    assert time.perf_counter() - start < 8
+
+
 def test_every_word_of_a_persons_name_is_hidden(tmp_path):
     """A login with a space in it, as Windows makes them."""
     known = owner(environ={"USERNAME": "Jörg Müller", "USERPROFILE": str(tmp_path)}, root=tmp_path)
