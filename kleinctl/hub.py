@@ -152,7 +152,7 @@ def opened(url: str, headers: dict[str, str], patience: Patience, name: str) -> 
     """GET `url`, redirects followed by hand: the token goes to the host it is for, and to no other."""
     try:
         client = _client()
-    except (KleinctlError, OSError):
+    except (Failed, KleinctlError, OSError):  # certificates that cannot be used
         raise
     except Exception:  # ImportError of a SOCKS proxy, ValueError or InvalidURL of one that is misspelt
         raise Failed(_proxy_unusable()) from None
