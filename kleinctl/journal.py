@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from kleinctl import __version__, documents, store
+from kleinctl import __version__, atomic, documents, store
 from kleinctl.home import home, quarantine_folder
 from kleinctl.problem import KleinctlError, Misuse, Problem
 
@@ -157,7 +157,7 @@ class Put:
             if self.former:
                 keep(Path(self.former), path)
             elif self.link:
-                beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+                beside = atomic.beside(path)
                 with store.writing(path):
                     beside.symlink_to(self.link)
                     beside.replace(path)
@@ -254,7 +254,7 @@ class Shared:
     def do(self) -> Shared:
         """Put the link over the file: at every moment one of them is there."""
         path = Path(self.path)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        beside = atomic.beside(path)
         with store.writing(path):
             try:
                 beside.hardlink_to(self.other)
@@ -278,7 +278,7 @@ class Shared:
         path = Path(self.path)
         if self.is_back():
             return
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        beside = atomic.beside(path)
         with store.writing(path):
             try:
                 shutil.copy2(path, beside)
@@ -499,7 +499,7 @@ def _has_hash(path: str, sha256: str) -> bool:
 def keep(path: Path, kept: Path) -> None:
     """Make `kept` another name of `path`, or where the disk cannot do that, a copy with its times. Replaces `kept`."""
     store.make_folder(kept.parent)
-    beside = kept.with_name(f".{kept.name}.{os.getpid()}.tmp")
+    beside = atomic.beside(kept)
     with store.writing(kept):
         beside.unlink(missing_ok=True)
         try:

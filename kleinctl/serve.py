@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kleinctl import atomic
 from kleinctl.backends import Fit, Job
 from kleinctl.executors import OnProgress, WorkerDied, WorkerHandle
 from kleinctl.generate import Request, absolute
@@ -344,7 +345,7 @@ def private_file(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = atomic.beside(path)
     beside.unlink(missing_ok=True)
     try:
         os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))

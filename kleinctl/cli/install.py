@@ -123,7 +123,7 @@ def _as_typed(problem: Problem) -> Problem:
     """The problem with a command that installs the same files: for the same backend, of the same precision."""
     if problem.name not in OPTIONS:
         return problem
-    typed = [word for word in options._typed() if word not in ("--dry-run", "--json")]
+    typed = [word for word in options.typed() if word not in ("--dry-run", "--json")]
     return replace(problem, fix=shell(*typed, OPTIONS[problem.name]))
 
 

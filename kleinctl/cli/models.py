@@ -25,11 +25,13 @@ def command(as_json: bool) -> int:
 
     plugins = Plugins()
     rows: list[dict[str, Any]] = []
+    sizes: list[str] = []
     for model in plugins.models.values():
         for layout in model.layouts:
             precision = install.here(model, layout)
             parts = model.parts_for(layout, precision)
             placed = sum(store.destination(model.name, layout, part).exists() for part in parts)
+            sizes.append(model.size_text(layout, precision))
             rows.append(
                 {
                     "model": model.name,
@@ -51,7 +53,7 @@ def command(as_json: bool) -> int:
     wide = output.console().width >= WIDE
     for title in ("model", "files for", "size", "here", *(("steps", "guidance") if wide else ()), "licence"):
         table.add_column(title, no_wrap=title != "licence", overflow="fold")
-    for row in rows:
+    for row, size in zip(rows, sizes, strict=True):
         here = (
             "yes"
             if row["parts_here"] == row["parts"]
@@ -61,8 +63,6 @@ def command(as_json: bool) -> int:
         )
         licence = f"{row['licence']}{', gated' if row['gated'] else ''}"
         job = (row["steps"], row["guidance"]) if wide else ()
-        model = plugins.models[row["model"]]
-        size = model.size_text(row["layout"], install.here(model, row["layout"]))
         cells = (row["model"], row["layout"], size, here, *job, licence)
         table.add_row(*map(str, cells))
     output.console().print(table)

@@ -73,10 +73,10 @@ def looked_at(folder: Path | None) -> None:
 
 def nobody_there(why: str, fix: str = "") -> Misuse:
     """The problem of a question that nobody can answer; without a `fix` of its own it is what was typed, with a yes."""
-    return Misuse(Problem("nobody is there to be asked", why, fix or shell(*_typed(), "--yes"), name="usage"))
+    return Misuse(Problem("nobody is there to be asked", why, fix or shell(*typed(), "--yes"), name="usage"))
 
 
-def _typed() -> list[str]:
+def typed() -> list[str]:
     """The command with its arguments and options, as they were typed."""
     from click.core import ParameterSource
 
